@@ -1,0 +1,59 @@
+"""The basics of PyTorch training as a Lightning plug-in.
+
+The public names are imported when they are first used: ``import lit_basics`` does not import torch.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "ArrayDataModule": "data.arrays",
+    "ArrayLoader": "data.arrays",
+    "BestLossCheckpoint": "callbacks.best_loss",
+    "BlitzNet": "nets",
+    "CIFAR10DataModule": "data.cifar10",
+    "ConvNet3": "nets",
+    "EmbeddingDataModule": "data.linear",
+    "EpochOrder": "data.order",
+    "GradientMonitor": "callbacks.gradients",
+    "ImageArrays": "data.arrays",
+    "LastCheckpoint": "callbacks.last",
+    "LeNet5": "nets",
+    "Line": "nets",
+    "LinearDataModule": "data.linear",
+    "LitBlitzNet": "modules",
+    "LitClassifier": "modules",
+    "LitConvNet3": "modules",
+    "LitEmbedding": "modules",
+    "LitLeNet5": "modules",
+    "LitLinearRegression": "modules",
+    "LitObjective": "modules",
+    "LitSupervised": "modules",
+    "LossReport": "callbacks.report",
+    "MetricsCSV": "loggers",
+    "NpzDataModule": "data.npz",
+    "PairedOptimizer": "optim",
+    "Powers": "nets",
+    "ProgressBar": "callbacks.progress",
+    "Quadratic": "nets",
+    "Square": "nets",
+    "SyntheticCIFAR10": "data.synthetic",
+    "UserError": "errors",
+    "ValueMonitor": "callbacks.values",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lit_basics")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lit_basics' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lit_basics.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

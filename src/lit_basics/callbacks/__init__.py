@@ -1,0 +1,1 @@
+"""The callbacks, one public class a file; all work in any Lightning project."""

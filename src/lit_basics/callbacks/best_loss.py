@@ -1,0 +1,96 @@
+"""The checkpoint of the lowest loss."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lit_basics.files import replace_file
+
+
+class BestLossCheckpoint(ModelCheckpoint):
+    """Keeps ``best.ckpt``, the whole state at the lowest loss, and ``best.pth``, the plain net's weights.
+
+    ``best.pth`` is the ``state_dict`` of ``module.net`` if there is one, else of the module; it loads in bare
+    torch. The loss is a mean over the validation set, or, without validation, over the epoch's training
+    steps; never that of one batch. A loss that is NaN or infinite is never the best. Files are written when
+    the loss falls, so they cannot change with the live weights, and the record goes on when a run is resumed,
+    in another directory as well.
+
+    Args:
+        dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
+        weights_path: The file of the plain weights; ``best.pth`` in ``dirpath`` by default.
+        monitor: Key of the loss: by default ``val/loss`` where there are validation batches, else
+            ``train/loss``.
+    """
+
+    def __init__(
+        self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor or "val/loss",
+            mode="min",
+            save_top_k=1,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        self._chosen_monitor = monitor
+        self._weights_path = weights_path
+
+    @property
+    def state_key(self) -> str:
+        """A key that does not change when the monitor is chosen."""
+        return f"{type(self).__qualname__}{{'monitor': {self._chosen_monitor!r}}}"
+
+    @property
+    def weights_path(self) -> Path:
+        """The file of the plain weights."""
+        assert self.dirpath is not None
+        return Path(self._weights_path or Path(self.dirpath) / "best.pth")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose what to monitor, now that the validation batches are known."""
+        super().on_train_start(trainer, pl_module)
+        if self._chosen_monitor is None:
+            validated = trainer.enable_validation and sum(trainer.num_val_batches) > 0
+            self.monitor = "val/loss" if validated else "train/loss"
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Return whether ``current`` is finite and lower than the best."""
+        return (
+            current is not None
+            and bool(torch.isfinite(current))
+            and super().check_monitor_top_k(trainer, current)
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if the validation's loss is the lowest."""
+        before = self.best_model_score
+        super().on_validation_end(trainer, pl_module)
+        self._save_weights(before, trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if the epoch's training loss is the lowest and is what is monitored."""
+        before = self.best_model_score
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_weights(before, trainer, pl_module)
+
+    def _save_weights(
+        self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        if self.best_model_score is before or not trainer.is_global_zero:
+            return
+        net = getattr(pl_module, "net", None)
+        state = (net if isinstance(net, nn.Module) else pl_module).state_dict()
+        state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+        with replace_file(self.weights_path) as file:
+            torch.save(state, file)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the record; Lightning forgets it when the directory changes."""
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})

@@ -1,0 +1,85 @@
+"""The norms of all gradients, at every step, for the price of one small kernel."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_basics.callbacks.names import trained_parameters
+from lit_basics.errors import UserError
+from lit_basics.recording import recorder_of
+
+
+class GradientMonitor(pl.Callback):
+    """Logs the Euclidean norm of each parameter's gradient and of all of them together.
+
+    ======================= ==========================================================================
+    key                     value
+    ======================= ==========================================================================
+    ``grad/norm``           norm of all gradients, as one vector
+    ``grad/norm/<name>``    norm of the gradient of the parameter ``<name>``; the prefix that all names
+                            share (``net.``) is left out
+    ======================= ==========================================================================
+
+    Row n holds the gradients that made update n: unscaled, and before clipping. (A foreign module that clips
+    in its own ``training_step``, in manual optimization, shows them clipped.) With LBFGS it is the gradient of
+    the first evaluation of the step. Works in any Lightning project, in automatic and manual optimization and
+    on several processes; the rows go to the Trainer's loggers with one host sync every 100 steps.
+
+    Args:
+        every_n_steps: Steps between two rows.
+
+    Raises:
+        UserError: If ``every_n_steps`` is below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 1) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps is {every_n_steps}; it must be at least 1")
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Flush the rows when it is due: the last step's is complete now."""
+        recorder_of(trainer).flush_if_due()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Record the norms of the gradients that this optimizer is about to use."""
+        step, recorder = trainer.global_step + 1, recorder_of(trainer)
+        if step % self.every_n_steps or recorder.has(step, "grad/norm"):
+            return
+        names, grads = [], []
+        for name, parameter in trained_parameters(pl_module, optimizer):
+            if parameter.grad is not None:
+                names.append(f"grad/norm/{name}")
+                grads.append(parameter.grad)
+        if grads:
+            recorder.put_all(step, ["grad/norm", *names], gradient_norms(grads))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Flush the epoch's last rows."""
+        recorder_of(trainer).flush()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Flush, so that the rows of earlier steps come before the validation's."""
+        recorder_of(trainer).flush()
+
+
+def gradient_norms(grads: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients together and of each, without a host sync.
+
+    Args:
+        grads: n tensors of any shapes, dense or sparse.
+
+    Returns:
+        Tensor (n + 1,), float64 if any gradient is, else float32.
+    """
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in dense) else torch.float32
+    # the kernel behind torch.nn.utils.get_total_norm, which returns only the total
+    norms = torch.stack(torch._foreach_norm(dense, 2, dtype=dtype))
+    return torch.cat([torch.linalg.vector_norm(norms)[None], norms])

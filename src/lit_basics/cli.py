@@ -1,0 +1,76 @@
+"""The command line: what to run, and which exit code.
+
+Nothing heavy is imported before it is known what was asked for.
+"""
+
+import sys
+from importlib.metadata import version
+
+from lit_basics.errors import UserError, nearest
+from lit_basics.recipes import recipe_names, recipe_path
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+HELP = f"""\
+usage: lit_basics COMMAND [--config RECIPE_OR_PATH ...] [--KEY VALUE ...]
+
+commands:
+  fit             train            lit_basics fit --config quickstart
+  validate, test  evaluate a run   lit_basics test --run_dir runs/quickstart/...
+  predict         write the predictions of a run's net to predictions.npz
+  recipes [NAME]  list the packaged recipes and overlays, or print one
+
+options of fit, validate, test and predict:
+  --config C      a recipe's name or a YAML file; several are laid over one another
+  --run_dir D     fit: the run's directory, by default runs/RECIPE/DATE_TIME; else: the run to take
+  --ckpt_path P   the checkpoint to start from; for validate, test and predict by default the run's best
+  --KEY VALUE     any setting, such as --trainer.max_epochs 3, --model.optimizer Adam or --data.batch_size 64
+  --help          all settings
+
+recipes: {", ".join(recipe_names())}
+overlays: {", ".join(recipe_names("overlays"))}
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"lit_basics: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(args: list[str]) -> int:
+    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command == "--version":
+        print(f"lit_basics {version('lit_basics')}")
+    elif command == "recipes":
+        _recipes(rest)
+    elif command in SUBCOMMANDS:
+        try:
+            import jsonargparse  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "the command line needs jsonargparse: pip install 'jsonargparse[signatures]'"
+            ) from error
+        from lit_basics.running import run
+
+        run(command, rest)
+    else:
+        raise UserError(f"there is no command {command!r}{nearest(command, (*SUBCOMMANDS, 'recipes'))}")
+    return 0
+
+
+def _recipes(names: list[str]) -> None:
+    if not names:
+        for name in (*recipe_names(), *recipe_names("overlays")):
+            first = recipe_path(name).read_text().splitlines()[0]
+            print(f"{name:20} {first.removeprefix('# ')}")
+    for name in names:
+        print(recipe_path(name).read_text(), end="")

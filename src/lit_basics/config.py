@@ -1,0 +1,181 @@
+"""From the words of the command line to objects: recipes, overlays and dotted overrides.
+
+LightningCLI builds the parser; this adds the recipes' names, the options of a run, and short messages.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import lit_basics
+from lit_basics.config_errors import short_message
+from lit_basics.errors import UserError, nearest
+from lit_basics.recipes import recipe_names, recipe_path
+
+RUN_KEYS = ("run_dir", "ckpt_path")
+"""Options of one run, which its config.yaml does not carry."""
+
+
+class Config(LightningCLI):
+    """A parsed configuration; :meth:`build` makes the objects of it."""
+
+    def __init__(self, args: list[str]) -> None:
+        for name in lit_basics.__all__:
+            getattr(lit_basics, name)  # imported classes are known by their short names
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+            run=False,
+            args=args,
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the Trainer, the model and the data, which a module with loaders of its own does without."""
+        parser.add_lightning_class_args(pl.Trainer, "trainer")
+        parser.add_lightning_class_args(pl.LightningModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True, required=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run, and the switches of what every run gets."""
+        parser.add_argument("--run_dir", type=str | None, help="the run's directory")
+        parser.add_argument("--ckpt_path", type=str | None, help="the checkpoint to start from")
+        for name, what in (
+            ("metrics_csv", "write metrics.csv"),
+            ("best_checkpoint", "keep checkpoints/best.ckpt and best.pth"),
+            ("last_checkpoint", "keep checkpoints/last.ckpt"),
+        ):
+            parser.add_argument(f"--{name}", type=bool, default=True, help=what)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words; everything wrong with them becomes a short message."""
+        args = named_configs(args)
+        try:
+            self.config = parser.parse_args(args)
+        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(short_message(str(error), self.parser, args)) from error
+
+    def instantiate_classes(self) -> None:
+        """Leave this to :meth:`build`: the run's directory is decided in between."""
+
+    def prepare_loggers(self, directory: Path) -> None:
+        """Keep the loggers' files in the run's directory, and W&B offline where it could not log in."""
+        loggers = self.config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if not isinstance(logger, jsonargparse.Namespace) or "init_args" not in logger:
+                continue
+            arguments = logger.init_args
+            if arguments.get("save_dir") in (None, "."):
+                arguments.save_dir = str(directory)
+            if (
+                logger.class_path.endswith(".WandbLogger")
+                and not arguments.offline
+                and not wandb_can_log_in()
+            ):
+                arguments.offline, arguments.log_model = True, False  # W&B refuses to log models offline
+                rank_zero_only(print)(
+                    "no W&B key found: logging offline; to upload the run: "
+                    f"wandb sync {arguments.save_dir}/wandb/offline-run-*",
+                    file=sys.stderr,
+                )
+
+    def build(self) -> None:
+        """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
+        try:
+            objects = self.parser.instantiate_classes(self.config)
+        except (TypeError, ValueError, AttributeError, ImportError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{type(error).__name__}: {error}") from error
+        self.model: pl.LightningModule = objects["model"]
+        self.datamodule: pl.LightningDataModule | None = objects.get("data")
+        self.trainer_arguments: dict[str, Any] = dict(objects["trainer"])
+
+    def to_yaml(self) -> str:
+        """Return the resolved configuration, itself valid for ``--config``, without the run's directory."""
+        config = self.config.clone()
+        for key in (*RUN_KEYS, "config"):
+            config.pop(key, None)
+        return self.parser.dump(config, skip_none=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved configuration as plain values."""
+        return yaml.safe_load(self.to_yaml())
+
+
+def wandb_can_log_in() -> bool:
+    """Return whether W&B has a key, someone to ask for one, or was told not to need one."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or sys.stdin.isatty():
+        return True
+    import wandb
+
+    return bool(wandb.api.api_key)
+
+
+def named_configs(args: list[str]) -> list[str]:
+    """Return ``args`` with each ``--config NAME`` replaced by the recipe's path, each path checked.
+
+    Raises:
+        UserError: If a recipe or a file does not exist or is not YAML text with keys.
+    """
+    words: list[str] = []
+    for word in args:
+        if words and words[-1] in ("--config", "-c"):
+            word = str(config_path(word))
+        elif word.startswith("--config="):
+            word = f"--config={config_path(word.removeprefix('--config='))}"
+        words.append(word)
+    return words
+
+
+def config_path(name: str) -> Path:
+    """Return the file that ``--config name`` means: a path, or the name of a recipe or an overlay.
+
+    Raises:
+        UserError: If there is no such file or recipe, or it is not a YAML mapping.
+    """
+    path = Path(name)
+    if path.suffix or len(path.parts) != 1 or (path.is_file() and name not in all_names()):
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            hint = nearest(path.stem, all_names()) if path.stem in all_names() else ""
+            raise UserError(f"--config {name}: the file {what}{hint}")
+    else:
+        path = recipe_path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}" if place else ""
+        raise UserError(f"--config {name}: not a YAML text file{where} ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"holds {type(content).__name__}, not keys and values"
+        raise UserError(f"--config {name}: the file {what}")
+    return path
+
+
+def all_names() -> list[str]:
+    """Return the names of all recipes and overlays."""
+    return [*recipe_names(), *recipe_names("overlays")]
+
+
+def config_names(args: list[str]) -> list[str]:
+    """Return what was given as ``--config``."""
+    names = [args[i + 1] for i, word in enumerate(args[:-1]) if word in ("--config", "-c")]
+    return [*names, *(word.removeprefix("--config=") for word in args if word.startswith("--config="))]

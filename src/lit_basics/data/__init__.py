@@ -1,0 +1,1 @@
+"""The DataModules and their loader."""

@@ -1,0 +1,309 @@
+"""Arrays that stay in memory, on the accelerator where they fit: the loader and the DataModule of images."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
+from lit_basics.data.order import EpochOrder, generator
+from lit_basics.errors import UserError
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class ImageArrays(NamedTuple):
+    """A data set of images with its two splits."""
+
+    x_train: Tensor
+    """uint8 (N, C, H, W)"""
+    y_train: Tensor
+    """int64 (N,)"""
+    x_test: Tensor
+    """uint8 (M, C, H, W)"""
+    y_test: Tensor
+    """int64 (M,)"""
+
+
+class ArrayLoader:
+    """Batches gathered from tensors, in the order of an :class:`EpochOrder`; resumes at any batch.
+
+    Args:
+        inputs: Tensor (N, …).
+        targets: Tensor (N, …) on the same device.
+        order: Which samples come in which batch.
+        indices: The samples of ``inputs`` that ``order`` counts, int64; all by default.
+        normalize: Applied to a gathered batch of images.
+        transform: Applied to a gathered batch of images, before ``normalize``.
+        crop: Largest random shift of each image, in pixels, filled in by reflection.
+        flip: Whether to mirror each image at random.
+        cutout: Side of a square of each image, at a random place, that is set to zero.
+    """
+
+    batch_sampler = None
+    """Lightning looks here, then at ``sampler``, whose ``set_epoch`` it calls before each epoch."""
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        order: EpochOrder,
+        *,
+        indices: Tensor | None = None,
+        normalize: Normalize | None = None,
+        transform: Transform | None = None,
+        crop: int = 0,
+        flip: bool = False,
+        cutout: int = 0,
+    ) -> None:
+        self.inputs, self.targets, self.sampler = inputs, targets, order
+        self._indices = indices
+        self._normalize, self._transform = normalize, transform
+        self._crop, self._flip, self._cutout = crop, flip, cutout
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (inputs, targets), gathered, augmented and normalised."""
+        for batch, index in self.sampler:
+            if self._indices is not None:
+                index = self._indices[index]
+            index = index.to(self.inputs.device)
+            x = self.inputs[index]
+            if self._transform is not None:
+                x = self._transform(x)
+            yield self._augmented(x, batch), self.targets[index]
+
+    def _augmented(self, x: Tensor, batch: int) -> Tensor:
+        crop, cutout = self._crop, self._cutout
+        if not (crop or self._flip or cutout):
+            return x if self._normalize is None else self._normalize(x)
+        order = self.sampler
+        # one stream a batch, drawn for all ranks and cut: the same images at any world size and any resume
+        draws = generator(order.seed, order.epoch, batch)
+        share = slice(order.rank * len(x), (order.rank + 1) * len(x))
+        total = len(x) * order.world_size
+
+        def draw(low: int, high: int) -> Tensor:
+            return torch.randint(low, high + 1, (total,), generator=draws)[share].to(x.device)
+
+        if crop or self._flip:
+            flip = draw(0, 1).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            x = shift_and_flip(x, draw(-crop, crop), draw(-crop, crop), flip)
+        if self._normalize is not None:
+            x = self._normalize(x)
+        if cutout:
+            height, width = x.shape[2:]
+            x = cut_out(x, draw(0, height - cutout), draw(0, width - cutout), cutout)
+        return x
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the order."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.sampler.load_state_dict(state)
+
+
+class ArrayDataModule(pl.LightningDataModule):
+    """Images in memory, as batches of normalised tensors; subclass it and define :meth:`load`.
+
+    Args:
+        batch_size: Size of the global batch; it must divide by the number of processes.
+        val_size: Validation images taken from the training images: a fraction (float) or a number (int).
+        seed: Seed of the validation split and of the order of each epoch.
+        mean: Mean of each channel of pixels in [0, 1]; of the training images by default.
+        std: Standard deviation of each channel; of the training images by default.
+        crop: Largest random shift of a training image, in pixels, filled in by reflection.
+        flip: Whether training images are mirrored at random.
+        cutout: Side of a random square of each training image that is set to the mean colour.
+        transform: A torchvision v2 transform, or any function, of uint8 training batches (N, C, H, W). One
+            that draws at random is applied image by image, which is slower.
+        drop_last: Whether to leave out the last, smaller training batch.
+
+    Raises:
+        UserError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        *,
+        val_size: int | float = 0.1,
+        seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop: int = 0,
+        flip: bool = False,
+        cutout: int = 0,
+        transform: Transform | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        check_batch_size(batch_size)
+        if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
+            raise UserError(f"val_size is {val_size}; it must be a fraction in [0, 1) or a number of images")
+        for name, value in (("crop", crop), ("cutout", cutout)):
+            if value < 0:
+                raise UserError(f"{name} is {value}; it must be 0 or more pixels")
+        self.batch_size, self.val_size, self.seed, self.drop_last = batch_size, val_size, seed, drop_last
+        self.mean, self.std = mean, std
+        self.crop, self.flip, self.cutout = crop, flip, cutout
+        self.transform = transform
+        if transform is not None and is_random(transform):
+            warnings.warn(
+                f"transform {type(transform).__name__} draws at random: it is applied image by image, which is "
+                "slower; crop, flip and cutout are faster",
+                stacklevel=2,
+            )
+            self.transform = per_image(transform)
+        self._arrays: ImageArrays | None = None
+
+    def load(self) -> ImageArrays:
+        """Return the images and labels, on the CPU; called once in each process, after ``prepare_data``."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int | None:
+        """The largest label plus one; None before ``setup``."""
+        if self._arrays is None:
+            return None
+        return 1 + max(int(y.max()) if len(y) else -1 for y in (self._arrays.y_train, self._arrays.y_test))
+
+    def setup(self, stage: str) -> None:
+        """Load the arrays, split off the validation images and move all to the accelerator if they fit."""
+        if self._arrays is not None:
+            return
+        arrays = self.load()
+        size = len(arrays.x_train)
+        val = int(self.val_size * size) if isinstance(self.val_size, float) else self.val_size
+        if val >= size:
+            raise UserError(f"val_size is {self.val_size}, but there are only {size} training images")
+        side = min(arrays.x_train.shape[2:])
+        for name, value in (("crop", self.crop), ("cutout", self.cutout)):
+            if value >= side:
+                raise UserError(f"{name} is {value}; it must be less than the images' {side} pixels")
+        if not val and self.trainer:
+            self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
+        # sorted: the split is random, the order within it is not its business
+        shuffled = torch.randperm(size, generator=generator(self.seed, 0, 1)) if val else torch.arange(size)
+        self._val, self._train = shuffled[:val].sort().values, shuffled[val:].sort().values
+        mean, std = self.mean, self.std
+        if mean is None or std is None:
+            measured_mean, measured_std = channel_statistics(
+                arrays.x_train[self._train] if val else arrays.x_train
+            )
+            mean, std = mean or measured_mean, std or measured_std
+        self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if fits(arrays, device):
+            arrays = ImageArrays(*(array.to(device) for array in arrays))
+            self._train, self._val = self._train.to(device), self._val.to(device)
+        self._arrays = arrays
+
+    def train_dataloader(self) -> ArrayLoader:
+        """Return the shuffled, augmented training batches."""
+        arrays = self._loaded()
+        return ArrayLoader(
+            arrays.x_train,
+            arrays.y_train,
+            epoch_order(self, len(self._train), shuffle=True),
+            indices=self._train,
+            normalize=self.normalize,
+            transform=self.transform,
+            crop=self.crop,
+            flip=self.flip,
+            cutout=self.cutout,
+        )
+
+    def val_dataloader(self) -> ArrayLoader | list[Any]:
+        """Return the validation batches; an empty list if ``val_size`` is 0."""
+        arrays = self._loaded()
+        if not len(self._val):
+            return []
+        order = epoch_order(self, len(self._val), shuffle=False)
+        return ArrayLoader(arrays.x_train, arrays.y_train, order, indices=self._val, normalize=self.normalize)
+
+    def test_dataloader(self) -> ArrayLoader:
+        """Return the test batches."""
+        arrays = self._loaded()
+        order = epoch_order(self, len(arrays.x_test), shuffle=False)
+        return ArrayLoader(arrays.x_test, arrays.y_test, order, normalize=self.normalize)
+
+    def predict_dataloader(self) -> ArrayLoader:
+        """Return the test batches."""
+        return self.test_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch: as it is where the arrays live on ``device`` already."""
+        if batch[0].device == device:
+            return batch
+        return tuple(array.to(device) for array in batch)
+
+    def _loaded(self) -> ImageArrays:
+        if self._arrays is None:
+            self.setup("fit")
+        assert self._arrays is not None
+        return self._arrays
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size below 1.
+
+    Raises:
+        UserError: If it is.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> EpochOrder:
+    """Return the order of a DataModule's samples for this process.
+
+    Raises:
+        UserError: If the batch or the samples cannot be shared out over the processes.
+    """
+    rank, world_size = (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
+    if data.batch_size % world_size:
+        raise UserError(f"batch_size is {data.batch_size}; it must divide by the {world_size} processes")
+    if size < world_size:
+        raise UserError(f"{size} samples cannot be shared by {world_size} processes")
+    return EpochOrder(
+        size,
+        data.batch_size,
+        shuffle=shuffle,
+        seed=data.seed,
+        drop_last=shuffle and data.drop_last,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), of pixels in [0, 1].
+
+    Exact: counted from a histogram of the 256 values. A constant channel has standard deviation 1.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in range(images.shape[1]):
+        counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+        mean = (counts * values).sum() / counts.sum()
+        variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+        means.append(mean.item())
+        stds.append(variance.sqrt().item() or 1.0)
+    return means, stds
+
+
+def fits(arrays: ImageArrays, device: torch.device) -> bool:
+    """Return whether the arrays take at most half of the free memory of an accelerator."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(array.nbytes for array in arrays) <= free / 2

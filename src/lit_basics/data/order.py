@@ -1,0 +1,106 @@
+"""Which samples come in which batch: a pure function of (seed, epoch), so that a run resumes at any batch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, *keys: int) -> torch.Generator:
+    """Return a CPU generator whose stream depends on all of ``seed`` and ``keys``."""
+    state = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+class EpochOrder:
+    """Batches of sample indices, shared out over ranks, with an exact state.
+
+    Every epoch is a permutation of all samples (or their natural order) cut into global batches, of which
+    each rank takes its slice. In training the last, smaller batch is cut to a multiple of the world size, so
+    that all ranks take equal shares; in evaluation (``shuffle=False``) rank r takes every world-size-th sample
+    from r on, so that each sample comes exactly once.
+
+    Lightning calls :meth:`set_epoch` before each epoch. Without it, each iteration begins the next epoch.
+
+    Args:
+        size: Number of samples.
+        batch_size: Size of the global batch.
+        shuffle: Whether epochs are permuted; also whether this is training, see above.
+        seed: Seed of the permutations.
+        drop_last: Whether to leave out the last, smaller batch.
+        rank: This process's rank.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.rank = rank
+        self.world_size = world_size
+        self._position = 0
+        self._resumed = False
+        if shuffle:
+            full, rest = divmod(size, batch_size)
+            rest = 0 if drop_last else rest // world_size * world_size
+            self._stops = [(i + 1) * batch_size for i in range(full)]
+            if rest:
+                self._stops.append(full * batch_size + rest)
+        else:
+            share, local = len(range(rank, size, world_size)), batch_size // world_size
+            self._stops = [min(i + local, share) for i in range(0, share, local)]
+
+    def __len__(self) -> int:
+        """Return the number of batches of this rank in an epoch."""
+        return len(self._stops)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin ``epoch`` at the next iteration, unless it is the one that a loaded state stands in."""
+        if epoch != self.epoch:
+            self.epoch, self._position, self._resumed = epoch, 0, False
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index of the batch, this rank's sample indices, int64)."""
+        if self._position and not self._resumed:
+            # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
+            self.epoch, self._position = self.epoch + 1, 0
+        self._resumed = False
+        order = self._samples()
+        while self._position < len(self._stops):
+            batch = self._position
+            start = self._stops[batch - 1] if batch else 0
+            self._position += 1
+            yield batch, self._share(order, start, self._stops[batch])
+
+    def _samples(self) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.rank, self.size, self.world_size)
+        return torch.randperm(self.size, generator=generator(self.seed, self.epoch))
+
+    def _share(self, order: Tensor, start: int, stop: int) -> Tensor:
+        if not self.shuffle:
+            return order[start:stop]
+        share = (stop - start) // self.world_size
+        return order[start + self.rank * share : start + (self.rank + 1) * share]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch and the number of batches of it that were given out."""
+        return {"epoch": self.epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch at which :meth:`state_dict` was taken."""
+        self.epoch, self._position, self._resumed = int(state["epoch"]), int(state["position"]), True

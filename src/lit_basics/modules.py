@@ -1,0 +1,515 @@
+"""The LightningModules: :class:`LitSupervised` owns the training step, its leaves name a net.
+
+The way of a batch: the loader's (inputs, targets) → ``training_step`` → ``compute_loss`` → the update, made
+by Lightning in automatic optimization and by ``_manual_step`` in manual optimization, bit for bit alike.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_basics import nets
+from lit_basics.errors import UserError
+from lit_basics.optim import LRSchedulerCallable, OptimizerCallable
+from lit_basics.recording import recorder_of
+
+_PRIMITIVES = (bool, int, float, str, type(None))
+
+
+class LitSupervised(pl.LightningModule):
+    """Trains ``net`` on (inputs, targets) batches with ``criterion``.
+
+    Subclass it and override :meth:`compute_loss`; the rest (both optimization modes, accumulation, clipping,
+    schedulers, metrics) stays as it is. Overriding ``training_step`` works too, in automatic optimization.
+
+    Logged: ``train/loss`` and ``lr`` (``lr/<group>`` with several groups) every ``log_every_n_steps`` steps,
+    ``train/loss_epoch``, and ``val/…`` and ``test/…`` for the loss and each metric. The step is the number of
+    completed optimizer steps. The epoch's mean is in ``trainer.callback_metrics["train/loss"]`` before any
+    epoch-end hook runs, so that ``EarlyStopping`` and ``ReduceLROnPlateau`` can monitor it.
+
+    Args:
+        net: Maps a batch of inputs to predictions.
+        criterion: Maps (predictions, targets) to a scalar loss, a mean over the batch.
+        metrics: torchmetrics by name, evaluated in validation and test and logged as ``val/<name>``.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate scheduler from the optimizer.
+        lr_interval: Whether the scheduler steps every ``epoch`` or every optimizer ``step``.
+        lr_monitor: What a ``ReduceLROnPlateau`` watches.
+        automatic_optimization: False for manual optimization: the weights are the same bit for bit, and
+            ``Trainer(gradient_clip_val=…, accumulate_grad_batches=…)`` and schedulers work as well.
+
+    Raises:
+        UserError: If manual optimization is asked of a subclass that overrides ``training_step``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        criterion: nn.Module,
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "epoch",
+        lr_monitor: str = "train/loss",
+        automatic_optimization: bool = True,
+    ) -> None:
+        super().__init__()
+        if lr_interval not in ("epoch", "step"):
+            raise UserError(f"lr_interval is {lr_interval!r}; it must be 'epoch' or 'step'")
+        self._own_training_step = type(self).training_step is not LitSupervised.training_step
+        if self._own_training_step and not automatic_optimization:
+            raise UserError(
+                f"{type(self).__name__} overrides training_step, so automatic_optimization=False cannot apply: "
+                "override compute_loss instead"
+            )
+        self.save_hyperparameters(_primitive_arguments(self))
+        self.net = net
+        self.criterion = criterion
+        self.automatic_optimization = automatic_optimization
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._lr_interval = lr_interval
+        self._lr_monitor = lr_monitor
+        self._means_logged = False
+        metrics = metrics or {}
+        self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+        self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+        for collection in (self.val_metrics, self.test_metrics):
+            # float64 sums: the same mean on any number of ranks; "disable": a NaN loss is shown, not dropped
+            collection["loss"] = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+
+    # what to override
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the net's predictions for inputs ``x``."""
+        return self.net(x)
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the scalar training loss of a batch; the override point of subclasses.
+
+        Args:
+            batch: The pair (inputs, targets).
+            batch_idx: Index of the batch in its epoch.
+        """
+        x, y = batch
+        return self.criterion(self(x), y)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer and the scheduler that were given as callables."""
+        try:
+            optimizer = self._optimizer(self.parameters())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the optimizer cannot train {type(self.net).__name__}: {error}") from error
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": scheduler,
+                "interval": self._lr_interval,
+                "monitor": self._lr_monitor,
+            },
+        }
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Log a scalar of this training step without a host sync; ``<name>_epoch`` gets its mean.
+
+        To be called once a step, from ``compute_loss`` or ``training_step``.
+
+        Args:
+            name: The metric's key, such as ``train/acc``.
+            value: A scalar tensor.
+        """
+        recorder_of(self.trainer).put(
+            self.trainer.global_step + 1,
+            name,
+            value,
+            part=self.trainer.fit_loop.batch_idx,
+            every=self.trainer.log_every_n_steps,
+        )
+
+    # training
+
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+        """Compute and record the loss; in manual optimization, make the update too."""
+        if self.automatic_optimization:
+            loss = self.compute_loss(batch, batch_idx)
+            self.record("train/loss", loss)
+            return loss
+        self._manual_step(batch, batch_idx)
+        return None
+
+    def _manual_step(self, batch: Any, batch_idx: int) -> None:
+        accumulate = self.trainer.accumulate_grad_batches
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+
+        def closure() -> Tensor:
+            # LBFGS evaluates several times within this step: cached casts of the weights would be stale
+            torch.clear_autocast_cache()
+            with self.trainer.precision_plugin.train_step_context():
+                loss = self.compute_loss(batch, batch_idx)
+            self.record("train/loss", loss)
+            if batch_idx % accumulate == 0:
+                optimizer.zero_grad()
+            self.manual_backward(loss / accumulate)
+            return loss
+
+        # automatic optimization runs backward and the update outside autocast; training_step is inside it
+        with torch.autocast(self.device.type, enabled=False):
+            if (batch_idx + 1) % accumulate and not self.trainer.is_last_batch:
+                with optimizer.toggle_model(sync_grad=False):
+                    closure()
+                return
+            optimizer.step(closure)
+        self._step_schedulers("step", plateau=False)
+        if self.trainer.is_last_batch:
+            self._step_schedulers("epoch", plateau=False)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients in manual optimization, after the callbacks have seen them unclipped."""
+        self._record_lr(optimizer)
+        if not self.automatic_optimization and self.trainer.gradient_clip_val:
+            self.clip_gradients(
+                optimizer,
+                gradient_clip_val=self.trainer.gradient_clip_val,
+                gradient_clip_algorithm=self.trainer.gradient_clip_algorithm or "norm",
+            )
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+        """Flush the recorder when it is due, and the epoch's means after its last batch."""
+        accumulate = self.trainer.accumulate_grad_batches
+        recorder = recorder_of(self.trainer)
+        stepped = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
+        if self._own_training_step and outputs is not None:
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+            step = self.trainer.global_step + (0 if stepped else 1)
+            every = self.trainer.log_every_n_steps
+            # Lightning has divided the loss by the number of accumulated batches
+            recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=every)
+        if self.trainer.is_last_batch:
+            self._log_epoch_means()
+        elif stepped:
+            recorder.flush_if_due()
+        self._step_schedulers("step", plateau=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin new epoch means."""
+        recorder_of(self.trainer).start_epoch()
+        self._means_logged = False
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means if ``max_steps`` cut the epoch short, and step a plateau scheduler."""
+        if not self._means_logged:
+            self._log_epoch_means()
+        self._step_schedulers("epoch", plateau=True)
+
+    def _log_epoch_means(self) -> None:
+        self._means_logged = True
+        recorder = recorder_of(self.trainer)
+        means = recorder.epoch_means()
+        recorder.write({f"{name}_epoch": mean for name, mean in means.items()}, self.trainer.global_step)
+        # for callback_metrics only: EarlyStopping, checkpoints and plateau schedulers read them there
+        self.log_dict(
+            means,
+            on_step=False,
+            on_epoch=True,
+            logger=False,
+            batch_size=1,
+            sync_dist=self.trainer.world_size > 1,
+        )
+
+    def _record_lr(self, optimizer: torch.optim.Optimizer) -> None:
+        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps
+        if step % every:
+            return
+        groups = optimizer.param_groups
+        for index, group in enumerate(groups):
+            name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
+            recorder_of(self.trainer).put_host(step, name, float(group["lr"]), every=every)
+
+    def _step_schedulers(self, interval: str, *, plateau: bool) -> None:
+        # what Lightning does in automatic optimization, at the same moments
+        if self.automatic_optimization:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            is_plateau = isinstance(config.scheduler, ReduceLROnPlateau)
+            if config.interval != interval or is_plateau != plateau:
+                continue
+            counter = 1 + (
+                self.trainer.fit_loop.batch_idx if interval == "step" else self.trainer.current_epoch
+            )
+            if counter % config.frequency:
+                continue
+            if is_plateau:
+                value = self.trainer.callback_metrics.get(config.monitor or "")
+                if value is not None:
+                    config.scheduler.step(value)
+                elif config.strict:
+                    raise UserError(
+                        f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged; "
+                        f"there is {', '.join(self.trainer.callback_metrics) or 'nothing'}"
+                    )
+            else:
+                self.lr_scheduler_step(config.scheduler, None)
+
+    # evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the validation loss and metrics."""
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss`` and ``val/<metric>``."""
+        self._log_evaluation("val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the test loss and metrics."""
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss`` and ``test/<metric>``."""
+        self._log_evaluation("test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the predictions for a batch's inputs."""
+        return self(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def _evaluate(self, batch: Any, metrics: nn.ModuleDict) -> None:
+        x, y = batch
+        predictions = self(x)
+        for name, metric in metrics.items():
+            if name == "loss":
+                metric.update(self.criterion(predictions, y), weight=len(y))
+            else:
+                metric.update(predictions, y)
+
+    def _log_evaluation(self, stage: str, metrics: nn.ModuleDict) -> None:
+        with warnings.catch_warnings():
+            # a rank whose share is empty has nothing to update
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
+        for name, metric in metrics.items():
+            self.log(f"{stage}/{name}", metric, logger=False)
+        if not self.trainer.sanity_checking:
+            row = {name: float(value) for name, value in values.items()}
+            recorder_of(self.trainer).write(row, self.trainer.global_step)
+
+    # Lightning's checks
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add the callback that lets manual optimization clip and accumulate."""
+        if self.automatic_optimization or not self.trainer.training:
+            return []
+        return [_ManualOptimizationSettings(self.trainer)]
+
+
+class _ManualOptimizationSettings(pl.Callback):
+    """Hides clipping and accumulation from the Trainer's check, which forbids them in manual optimization.
+
+    Lightning asks the module for callbacks just before the check and calls ``setup`` just after it.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._clip, self._accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+        trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the settings back."""
+        trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._clip, self._accumulate
+
+
+class LitClassifier(LitSupervised):
+    """Trains any net that returns logits (N, num_classes), with cross-entropy and accuracy.
+
+    Args:
+        net: Maps inputs to logits (N, num_classes).
+        num_classes: Number of classes; targets are int64 in [0, num_classes).
+        criterion: Another loss of (logits, targets); cross-entropy by default.
+        **kwargs: As :class:`LitSupervised`.
+    """
+
+    def __init__(
+        self, net: nn.Module, num_classes: int = 10, criterion: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        super().__init__(
+            net=net, criterion=criterion or nn.CrossEntropyLoss(), metrics={"acc": accuracy}, **kwargs
+        )
+        self.num_classes = num_classes
+
+    def setup(self, stage: str) -> None:
+        """Refuse data with more classes than the net tells apart.
+
+        Raises:
+            UserError: If the DataModule knows its number of classes and it is larger.
+        """
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if isinstance(classes, int) and classes > self.num_classes:
+            raise UserError(f"the labels go up to {classes - 1}, but num_classes is {self.num_classes}")
+
+
+class LitLeNet5(LitClassifier):
+    """LeNet-5; by default SGD with learning rate 0.01 and momentum 0.9.
+
+    Args:
+        num_classes: Number of classes.
+        in_channels: Channels of the images.
+        activation: As :class:`~lit_basics.nets.LeNet5`.
+        pooling: As :class:`~lit_basics.nets.LeNet5`.
+        optimizer: Makes the optimizer from the parameters.
+        **kwargs: As :class:`LitClassifier`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        activation: nets.Activation = "tanh",
+        pooling: nets.Pooling = "avg",
+        *,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+        **kwargs: Any,
+    ) -> None:
+        net = nets.LeNet5(num_classes, in_channels, activation, pooling)
+        super().__init__(net=net, num_classes=num_classes, optimizer=optimizer, **kwargs)
+
+
+class LitBlitzNet(LitClassifier):
+    """The four-step image classifier; by default SGD with learning rate 0.001 and momentum 0.9.
+
+    Args:
+        num_classes: Number of classes.
+        optimizer: Makes the optimizer from the parameters.
+        **kwargs: As :class:`LitClassifier`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        *,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.001, momentum=0.9),
+        **kwargs: Any,
+    ) -> None:
+        net = nets.BlitzNet(num_classes)
+        super().__init__(net=net, num_classes=num_classes, optimizer=optimizer, **kwargs)
+
+
+class LitConvNet3(LitClassifier):
+    """Three convolutions and two linear layers; by default SGD with learning rate 0.01.
+
+    Args:
+        num_classes: Number of classes.
+        **kwargs: As :class:`LitClassifier`.
+    """
+
+    def __init__(self, num_classes: int = 10, **kwargs: Any) -> None:
+        super().__init__(net=nets.ConvNet3(num_classes), num_classes=num_classes, **kwargs)
+
+
+class LitLinearRegression(LitSupervised):
+    """w·x + b from w = 1 and b = 0, by mean squared error; by default SGD with learning rate 0.01.
+
+    Args:
+        **kwargs: As :class:`LitSupervised`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(net=nets.Line(), criterion=nn.MSELoss(), **kwargs)
+
+
+class LitEmbedding(LitSupervised):
+    """A table of numbers looked up by index, by mean squared error: its gradients are sparse.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Numbers in a row.
+        optimizer: Makes the optimizer; one that takes sparse gradients (SparseAdam, SGD, Adagrad).
+        **kwargs: As :class:`LitSupervised`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int = 1,
+        *,
+        optimizer: OptimizerCallable = torch.optim.SparseAdam,
+        **kwargs: Any,
+    ) -> None:
+        net = nn.Embedding(num_embeddings, embedding_dim, sparse=True)
+        super().__init__(net=net, criterion=nn.MSELoss(), optimizer=optimizer, **kwargs)
+
+
+class LitObjective(LitSupervised):
+    """Minimises a module whose forward takes nothing and returns a scalar; one step an epoch, no data.
+
+    Args:
+        objective: The function, its parameters the variables.
+        **kwargs: As :class:`LitSupervised`, without ``metrics``.
+    """
+
+    def __init__(self, objective: nn.Module, **kwargs: Any) -> None:
+        super().__init__(net=objective, criterion=nn.Identity(), **kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Switch validation off."""
+        self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """Return the objective's value, a scalar."""
+        return self.net()
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the objective's value; there is no batch."""
+        return self()
+
+    def train_dataloader(self) -> list[int]:
+        """Return one empty batch: an epoch is one evaluation."""
+        return [0]
+
+    def val_dataloader(self) -> list[int]:
+        """Return nothing to validate on."""
+        return []
+
+
+def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:
+    """Return the arguments that the outermost ``__init__`` of ``module`` got, without the non-primitive ones.
+
+    Nets, optimizers and the like would make the checkpoint unreadable under ``weights_only``; arguments that
+    a subclass passes on to its base must not be handed to the subclass again when it is reloaded.
+    """
+    frame = inspect.currentframe()
+    arguments: dict[str, Any] = {}
+    while frame is not None and (frame := frame.f_back) is not None:
+        values = inspect.getargvalues(frame)
+        if (
+            frame.f_code.co_name != "__init__"
+            or not values.args
+            or values.locals[values.args[0]] is not module
+        ):
+            break
+        code = frame.f_code
+        names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        arguments = {name: values.locals[name] for name in names}
+        if values.keywords:
+            arguments |= values.locals[values.keywords]
+    return {name: value for name, value in arguments.items() if _is_primitive(value)}
+
+
+def _is_primitive(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_primitive(v) for v in [*value, *value.values()])
+    if isinstance(value, (list, tuple)):
+        return all(_is_primitive(v) for v in value)
+    return type(value) in _PRIMITIVES

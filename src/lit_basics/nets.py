@@ -1,0 +1,163 @@
+"""The networks, as plain ``nn.Module``: no Lightning here, so each loads and runs in bare torch."""
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["tanh", "relu", "sigmoid", "gelu", "silu"]
+Pooling = Literal["avg", "max"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+_POOLINGS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
+
+
+def _choose(kind: str, name: str, table: dict[str, type[nn.Module]]) -> type[nn.Module]:
+    if name not in table:
+        raise ValueError(f"{kind} is {name!r}; it must be one of {', '.join(table)}")
+    return table[name]
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 (LeCun et al. 1998), without its sparse connection table and its RBF output layer.
+
+    Maps images (N, in_channels, 32, 32) to logits (N, num_classes).
+
+    Args:
+        num_classes: Number of classes, 10 for CIFAR-10.
+        in_channels: Channels of the images, 3 for colour.
+        activation: Name of the activation; the paper's is ``tanh``.
+        pooling: ``avg`` as in the paper, or ``max``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        activation: Activation = "tanh",
+        pooling: Pooling = "avg",
+    ) -> None:
+        act = _choose("activation", activation, _ACTIVATIONS)
+        pool = _choose("pooling", pooling, _POOLINGS)
+        layers = {  # the paper's names: c convolution, s sub-sampling, f fully connected
+            "c1": nn.Conv2d(in_channels, 6, 5),
+            "act1": act(),
+            "s2": pool(2),
+            "c3": nn.Conv2d(6, 16, 5),
+            "act3": act(),
+            "s4": pool(2),
+            "flatten": nn.Flatten(),
+            "c5": nn.Linear(16 * 5 * 5, 120),
+            "act5": act(),
+            "f6": nn.Linear(120, 84),
+            "act6": act(),
+            "output": nn.Linear(84, num_classes),
+        }
+        super().__init__(OrderedDict(layers))
+
+
+class BlitzNet(nn.Module):
+    """The classifier of PyTorch's "60 Minute Blitz": two convolutions, three linear layers.
+
+    Maps images (N, 3, 32, 32) to logits (N, num_classes).
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images ``x`` (N, 3, 32, 32)."""
+        x = nn.functional.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = nn.functional.max_pool2d(torch.relu(self.conv2(x)), 2)
+        x = torch.relu(self.fc1(x.flatten(1)))
+        x = torch.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+class ConvNet3(nn.Sequential):
+    """Three convolutions, each pooled, and two linear layers, with no activation in between.
+
+    Maps images (N, 3, 32, 32) to logits (N, num_classes). The max-pooling is the only non-linearity.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(
+            nn.Conv2d(3, 32, 5, padding=2),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 5, padding=2),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(1024, 64),
+            nn.Linear(64, num_classes),
+        )
+
+
+class Line(nn.Module):
+    """The straight line w·x + b, with scalar parameters that start at w = 1 and b = 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.0))
+        self.b = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return w·x + b, in the shape of ``x``."""
+        return self.w * x + self.b
+
+
+class Quadratic(nn.Module):
+    """y = a·x² + b·x + c with parameters a, b, c and a fixed input x; its gradient is (x², x, 1)."""
+
+    x: Tensor
+
+    def __init__(self, a: float = 1.0, b: float = 2.0, c: float = 3.0, x: float = 4.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+        self.b = nn.Parameter(torch.tensor(b))
+        self.c = nn.Parameter(torch.tensor(c))
+        self.register_buffer("x", torch.tensor(x))
+
+    def forward(self) -> Tensor:
+        """Return y, a scalar."""
+        return self.a * self.x**2 + self.b * self.x + self.c
+
+
+class Square(nn.Module):
+    """w = (x + y)² with parameters x and y; its gradient is 2·(x + y) in both."""
+
+    def __init__(self, x: float = 1.0, y: float = 2.0) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor(x))
+        self.y = nn.Parameter(torch.tensor(y))
+
+    def forward(self) -> Tensor:
+        """Return w, a scalar."""
+        return (self.x + self.y) ** 2
+
+
+class Powers(nn.Module):
+    """f = x + y² + z³ with parameters x, y and z; its gradient is (1, 2·y, 3·z²)."""
+
+    def __init__(self, x: float = 1.0, y: float = 2.0, z: float = 3.0) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.tensor(x))
+        self.y = nn.Parameter(torch.tensor(y))
+        self.z = nn.Parameter(torch.tensor(z))
+
+    def forward(self) -> Tensor:
+        """Return f, a scalar."""
+        return self.x + self.y**2 + self.z**3

@@ -1,0 +1,26 @@
+"""The packaged recipes: whole ones here, and in ``overlays`` small ones to lay over them."""
+
+from pathlib import Path
+
+from lit_basics.errors import UserError, nearest
+
+_FOLDER = Path(__file__).parent
+
+
+def recipe_names(folder: str = "") -> list[str]:
+    """Return the names of the recipes, or of the overlays in ``overlays``."""
+    return sorted(path.stem for path in (_FOLDER / folder).glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe or an overlay.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    for folder in (_FOLDER, _FOLDER / "overlays"):
+        path = folder / f"{name}.yaml"
+        if path.is_file():
+            return path
+    names = [*recipe_names(), *recipe_names("overlays")]
+    raise UserError(f"there is no recipe {name!r}{nearest(name, names)} (lit_basics recipes lists them)")

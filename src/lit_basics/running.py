@@ -1,0 +1,273 @@
+"""One run of a configuration: its directory, what the command line adds to every run, and its closing words."""
+
+import logging
+import os
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_basics.callbacks.best_loss import BestLossCheckpoint
+from lit_basics.callbacks.last import LastCheckpoint
+from lit_basics.callbacks.progress import ProgressBar
+from lit_basics.config import Config, config_names
+from lit_basics.errors import UserError
+from lit_basics.files import replace_file
+from lit_basics.loggers import MetricsCSV
+from lit_basics.recording import recorder_of
+
+_RUN_DIR = "LIT_BASICS_RUN_DIR"
+"""Carries the run's directory from rank 0 to the processes that Lightning starts."""
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` with the given words.
+
+    Raises:
+        UserError: If the user's input is wrong.
+    """
+    quiet()
+    try:
+        (fit if command == "fit" else evaluate)(command, args)
+    except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
+        raise UserError(str(error)) from error
+    except (RuntimeError, IndexError, ValueError) as error:
+        if not _is_user_error(error):
+            raise
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def _is_user_error(error: Exception) -> bool:
+    # what torch finds out only in the first step, and Lightning when it looks for devices
+    patterns = r"does not support (dense|sparse)|sparse gradients|Target .* is out of bounds|No supported gpu"
+    return bool(re.search(patterns, str(error)))
+
+
+def quiet() -> None:
+    """Silence what the libraries say at every start, and nothing else."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own, on new torch
+        r".*does not have many workers",  # the arrays are in memory
+        r".*number of training batches .* is smaller than the logging interval",  # rows come from the recorder
+        r".*Checkpoint directory .* exists and is not empty",
+        r".*You defined a `validation_step` but have no `val_dataloader`",
+        r".*GPU available but not used",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def fit(command: str, args: list[str]) -> None:
+    """Train: everything that the run writes goes into its directory."""
+    config = Config(args)
+    directory = new_run_directory(config.config.run_dir, run_name(config, args))
+    config.prepare_loggers(directory)
+    config.build()
+    trainer = make_trainer(config, directory)
+    if trainer.is_global_zero:
+        _write_config(config, directory)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config.to_dict())
+    trainer.fit(config.model, datamodule=config.datamodule, ckpt_path=config.config.ckpt_path)
+    if trainer.is_global_zero:
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
+        print(f"run directory: {directory}")
+        if best is not None and best.best_model_path:
+            print(
+                f"best checkpoint: {best.best_model_path} ({best.monitor} {float(best.best_model_score):.4g})"
+            )
+
+
+def evaluate(command: str, args: list[str]) -> None:
+    """Validate, test or predict with a checkpoint, by default the best of the run in ``--run_dir``."""
+    directory = _option(args, "--run_dir")
+    if directory is not None and not config_names(args) and _option(args, "--model") is None:
+        saved = Path(directory) / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"--run_dir {directory}: there is no run here (no config.yaml)")
+        args = ["--config", str(saved), *args]
+    config = Config(args)
+    path = _checkpoint(config.config.ckpt_path, directory)
+    config.build()
+    checkpoint = load_checkpoint(path)
+    try:
+        config.model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is a checkpoint of another model than {type(config.model).__name__}: {_first_key(error)}"
+        ) from error
+    arguments = {**config.trainer_arguments, "logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(**_with_progress_bar(arguments))
+    if command == "predict":
+        _predict(trainer, config, Path(directory) if directory else path.parent)
+        return
+    evaluate_method = trainer.validate if command == "validate" else trainer.test
+    results = evaluate_method(config.model, datamodule=config.datamodule, verbose=False)
+    if trainer.is_global_zero:
+        if not any(results):
+            raise UserError(f"there is nothing to {command} on: the data has no {command} images")
+        for name, value in sorted(results[0].items()):
+            print(f"{name} {value:.6g}")
+
+
+def _predict(trainer: pl.Trainer, config: Config, directory: Path) -> None:
+    if trainer.world_size > 1:
+        raise UserError("predict runs in one process: --trainer.devices 1")
+    batches = trainer.predict(config.model, datamodule=config.datamodule)
+    outputs = torch.cat([torch.as_tensor(batch) for batch in batches or []]).float().numpy()
+    arrays = {"outputs": outputs}
+    if outputs.ndim == 2:
+        arrays["classes"] = outputs.argmax(1)
+    with replace_file(directory / "predictions.npz") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    print(f"predictions: {directory / 'predictions.npz'}")
+
+
+def make_trainer(config: Config, directory: Path) -> pl.Trainer:
+    """Return the Trainer of a training run, with what every run gets beside the configured callbacks."""
+    arguments = _with_progress_bar(dict(config.trainer_arguments))
+    arguments["default_root_dir"] = arguments["default_root_dir"] or str(directory)
+    logger = arguments["logger"]
+    loggers = (
+        []
+        if logger in (None, True, False)
+        else list(logger)
+        if isinstance(logger, (list, tuple))
+        else [logger]
+    )
+    if config.config.metrics_csv:
+        loggers.append(MetricsCSV(directory / "metrics.csv"))
+    arguments["logger"] = loggers or False
+    callbacks = arguments["callbacks"]
+    if arguments["enable_checkpointing"] is not False:
+        checkpoints = str(directory / "checkpoints")
+        if config.config.best_checkpoint:
+            callbacks.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
+        if config.config.last_checkpoint:
+            callbacks.append(LastCheckpoint(checkpoints))
+        arguments["enable_checkpointing"] = config.config.best_checkpoint or config.config.last_checkpoint
+    callbacks.append(_FlushOnException())
+    return pl.Trainer(**arguments)
+
+
+class _FlushOnException(pl.Callback):
+    """Writes the last rows of a run that fails."""
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
+            recorder_of(trainer).flush()
+
+
+def _with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:
+    callbacks = arguments["callbacks"] or []
+    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if arguments["enable_progress_bar"] is not False and not any(
+        isinstance(callback, LightningProgressBar) for callback in callbacks
+    ):
+        callbacks.append(ProgressBar())
+    if arguments["enable_model_summary"] is None:
+        arguments["enable_model_summary"] = False
+    return {**arguments, "callbacks": callbacks}
+
+
+def run_name(config: Config, args: list[str]) -> str:
+    """Return the stem of the first config, else the model's class."""
+    names = config_names(args)
+    return Path(names[0]).stem if names else str(config.config.model.class_path).rpartition(".")[2]
+
+
+def new_run_directory(chosen: str | None, name: str) -> Path:
+    """Return a new run's directory: the chosen one, which must not hold a run, or one named by date and time.
+
+    Raises:
+        UserError: If the chosen one holds a run, or none can be made.
+    """
+    if _RUN_DIR in os.environ and int(os.environ.get("LOCAL_RANK", 0)):
+        return Path(os.environ[_RUN_DIR])
+    directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if rank_zero_only.rank:
+        return directory
+    stamp, count = directory, 1
+    try:
+        while True:
+            try:
+                directory.mkdir(parents=True, exist_ok=chosen is not None)
+                break
+            except FileExistsError:
+                if chosen is not None:
+                    raise
+                count += 1
+                directory = stamp.with_name(f"{stamp.name}-{count}")
+        if any((directory / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+            raise UserError(f"--run_dir {directory} holds a run already; name another directory")
+        with replace_file(directory / ".writable"):
+            pass
+        (directory / ".writable").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"the run directory {directory} cannot be written: {reason}; choose one by --run_dir"
+        ) from error
+    os.environ[_RUN_DIR] = str(directory.resolve())
+    return directory
+
+
+def _write_config(config: Config, directory: Path) -> None:
+    with replace_file(directory / "config.yaml") as file:
+        file.write(config.to_yaml().encode())
+
+
+def _option(args: list[str], name: str) -> str | None:
+    value = None
+    for i, word in enumerate(args):
+        if word == name and i + 1 < len(args):
+            value = args[i + 1]
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def _checkpoint(chosen: str | None, directory: str | None) -> Path:
+    if chosen in (None, "best", "last"):
+        if directory is None:
+            raise UserError("which weights? Name a run by --run_dir D or a checkpoint by --ckpt_path P")
+        path = Path(directory) / "checkpoints" / f"{chosen or 'best'}.ckpt"
+    else:
+        path = Path(str(chosen))
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's content, on the CPU; no code in it is run.
+
+    Raises:
+        UserError: If the file is no checkpoint or is damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise UserError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint: {reason[:200]}") from error
+    return checkpoint
+
+
+def _first_key(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()[1:]]
+    return lines[0][:150] if lines else str(error)
