@@ -56,9 +56,7 @@ def _dispatch(args: list[str]) -> int:
         try:
             import jsonargparse  # noqa: F401
         except ModuleNotFoundError as error:
-            raise UserError(
-                "the command line needs jsonargparse: pip install 'jsonargparse[signatures]'"
-            ) from error
+            raise UserError("the command line needs jsonargparse: pip install 'jsonargparse[signatures]'") from error
         from lit_basics.running import run
 
         run(command, rest)

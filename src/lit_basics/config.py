@@ -12,7 +12,7 @@ import jsonargparse
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
 from lit_basics.config_errors import short_message
@@ -82,11 +82,7 @@ class Config(LightningCLI):
             arguments = logger.init_args
             if arguments.get("save_dir") in (None, "."):
                 arguments.save_dir = str(directory)
-            if (
-                logger.class_path.endswith(".WandbLogger")
-                and not arguments.offline
-                and not wandb_can_log_in()
-            ):
+            if logger.class_path.endswith(".WandbLogger") and not arguments.offline and not wandb_can_log_in():
                 arguments.offline, arguments.log_model = True, False  # W&B refuses to log models offline
                 rank_zero_only(print)(
                     "no W&B key found: logging offline; to upload the run: "
@@ -111,11 +107,11 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
-        return self.parser.dump(config, skip_none=False)
+        return str(self.parser.dump(config, skip_none=False))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved configuration as plain values."""
-        return yaml.safe_load(self.to_yaml())
+        return dict(yaml.safe_load(self.to_yaml()))
 
 
 def wandb_can_log_in() -> bool:

@@ -31,9 +31,7 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
         word = word.split("=")[0]
         return f"there is no option {word}{nearest(word, _options(parser))}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    if match := re.search(
-        r"[Kk]ey ['\"]?([\w.+]+)['\"]? is not expected|No action for key \"([\w.+]+)\"", message
-    ):
+    if match := re.search(r"[Kk]ey ['\"]?([\w.+]+)['\"]? is not expected|No action for key \"([\w.+]+)\"", message):
         key = match[1] or match[2]
         options = [option.removeprefix("--") for option in _options(parser)]
         return f"there is no key {key}{_place(key, args)}{nearest(key, options)}"
@@ -106,9 +104,7 @@ def _place(key: str, args: list[str]) -> str:
 
 
 def _options(parser: jsonargparse.ArgumentParser) -> list[str]:
-    return [
-        option for action in parser._actions for option in action.option_strings if option.startswith("--")
-    ]
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 
 def _last_class_path(before: str, message: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.files import replace_file
 
@@ -52,9 +52,7 @@ class MetricsCSV(Logger):
         self._add_columns([key for key in row if key not in self._keys])
         assert self._file is not None
         self._step, self._row, self._offset = step, row, self._file.tell()
-        csv.writer(self._file, lineterminator="\n").writerow(
-            [step, *(row.get(key, "") for key in self._keys)]
-        )
+        csv.writer(self._file, lineterminator="\n").writerow([step, *(row.get(key, "") for key in self._keys)])
         self._file.flush()
 
     @rank_zero_only

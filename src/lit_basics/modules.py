@@ -92,7 +92,8 @@ class LitSupervised(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the net's predictions for inputs ``x``."""
-        return self.net(x)
+        predictions: Tensor = self.net(x)
+        return predictions
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the scalar training loss of a batch; the override point of subclasses.
@@ -102,7 +103,8 @@ class LitSupervised(pl.LightningModule):
             batch_idx: Index of the batch in its epoch.
         """
         x, y = batch
-        return self.criterion(self(x), y)
+        loss: Tensor = self.criterion(self(x), y)
+        return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and the scheduler that were given as callables."""
@@ -136,7 +138,7 @@ class LitSupervised(pl.LightningModule):
             name,
             value,
             part=self.trainer.fit_loop.batch_idx,
-            every=self.trainer.log_every_n_steps,
+            every=self._log_every(),
         )
 
     # training
@@ -195,7 +197,7 @@ class LitSupervised(pl.LightningModule):
         if self._own_training_step and outputs is not None:
             loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
             step = self.trainer.global_step + (0 if stepped else 1)
-            every = self.trainer.log_every_n_steps
+            every = self._log_every()
             # Lightning has divided the loss by the number of accumulated batches
             recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=every)
         if self.trainer.is_last_batch:
@@ -230,8 +232,12 @@ class LitSupervised(pl.LightningModule):
             sync_dist=self.trainer.world_size > 1,
         )
 
+    def _log_every(self) -> int:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
+        return every
+
     def _record_lr(self, optimizer: torch.optim.Optimizer) -> None:
-        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps
+        step, every = self.trainer.global_step + 1, self._log_every()
         if step % every:
             return
         groups = optimizer.param_groups
@@ -247,15 +253,13 @@ class LitSupervised(pl.LightningModule):
             is_plateau = isinstance(config.scheduler, ReduceLROnPlateau)
             if config.interval != interval or is_plateau != plateau:
                 continue
-            counter = 1 + (
-                self.trainer.fit_loop.batch_idx if interval == "step" else self.trainer.current_epoch
-            )
+            counter = 1 + (self.trainer.fit_loop.batch_idx if interval == "step" else self.trainer.current_epoch)
             if counter % config.frequency:
                 continue
             if is_plateau:
                 value = self.trainer.callback_metrics.get(config.monitor or "")
                 if value is not None:
-                    config.scheduler.step(value)
+                    self.lr_scheduler_step(config.scheduler, value)
                 elif config.strict:
                     raise UserError(
                         f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged; "
@@ -284,12 +288,13 @@ class LitSupervised(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the predictions for a batch's inputs."""
-        return self(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        predictions: Tensor = self(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        return predictions
 
     def _evaluate(self, batch: Any, metrics: nn.ModuleDict) -> None:
         x, y = batch
         predictions = self(x)
-        for name, metric in metrics.items():
+        for name, metric in _metrics(metrics):
             if name == "loss":
                 metric.update(self.criterion(predictions, y), weight=len(y))
             else:
@@ -299,8 +304,8 @@ class LitSupervised(pl.LightningModule):
         with warnings.catch_warnings():
             # a rank whose share is empty has nothing to update
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
-        for name, metric in metrics.items():
+            values = {f"{stage}/{name}": metric.compute() for name, metric in _metrics(metrics)}
+        for name, metric in _metrics(metrics):
             self.log(f"{stage}/{name}", metric, logger=False)
         if not self.trainer.sanity_checking:
             row = {name: float(value) for name, value in values.items()}
@@ -344,9 +349,7 @@ class LitClassifier(LitSupervised):
         self, net: nn.Module, num_classes: int = 10, criterion: nn.Module | None = None, **kwargs: Any
     ) -> None:
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        super().__init__(
-            net=net, criterion=criterion or nn.CrossEntropyLoss(), metrics={"acc": accuracy}, **kwargs
-        )
+        super().__init__(net=net, criterion=criterion or nn.CrossEntropyLoss(), metrics={"acc": accuracy}, **kwargs)
         self.num_classes = num_classes
 
     def setup(self, stage: str) -> None:
@@ -468,11 +471,13 @@ class LitObjective(LitSupervised):
 
     def forward(self) -> Tensor:  # type: ignore[override]
         """Return the objective's value, a scalar."""
-        return self.net()
+        value: Tensor = self.net()
+        return value
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the objective's value; there is no batch."""
-        return self()
+        value: Tensor = self()
+        return value
 
     def train_dataloader(self) -> list[int]:
         """Return one empty batch: an epoch is one evaluation."""
@@ -481,6 +486,10 @@ class LitObjective(LitSupervised):
     def val_dataloader(self) -> list[int]:
         """Return nothing to validate on."""
         return []
+
+
+def _metrics(modules: nn.ModuleDict) -> list[tuple[str, Metric]]:
+    return [(name, metric) for name, metric in modules.items() if isinstance(metric, Metric)]
 
 
 def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:
@@ -493,11 +502,7 @@ def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     while frame is not None and (frame := frame.f_back) is not None:
         values = inspect.getargvalues(frame)
-        if (
-            frame.f_code.co_name != "__init__"
-            or not values.args
-            or values.locals[values.args[0]] is not module
-        ):
+        if frame.f_code.co_name != "__init__" or not values.args or values.locals[values.args[0]] is not module:
             break
         code = frame.f_code
         names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]

@@ -30,9 +30,7 @@ class PairedOptimizer(Optimizer):
         ValueError: If there are no 2-D parameters, or no others: one optimizer is enough then.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], matrices: OptimizerCallable, rest: OptimizerCallable
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], matrices: OptimizerCallable, rest: OptimizerCallable) -> None:
         params = list(params)
         flat = [p for p in params if p.ndim != 2]
         if not flat or len(flat) == len(params):

@@ -102,9 +102,7 @@ class StepRecorder:
 
     def has(self, step: int, name: str) -> bool:
         """Return whether ``name`` was recorded for ``step`` since the last flush."""
-        return (
-            bool(self._steps) and self._steps[-1] == step and self._columns.get(name, -1) in self._filled[-1]
-        )
+        return bool(self._steps) and self._steps[-1] == step and self._columns.get(name, -1) in self._filled[-1]
 
     def flush_if_due(self) -> None:
         """Flush once the rows are full or, in one process, once a second; call it after a finished step."""

@@ -11,9 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.last import LastCheckpoint
@@ -82,9 +82,7 @@ def fit(command: str, args: list[str]) -> None:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
         if best is not None and best.best_model_path:
-            print(
-                f"best checkpoint: {best.best_model_path} ({best.monitor} {float(best.best_model_score):.4g})"
-            )
+            print(f"best checkpoint: {best.best_model_path} ({best.monitor} {float(best.best_model_score):.4g})")
 
 
 def evaluate(command: str, args: list[str]) -> None:
@@ -137,13 +135,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     arguments = _with_progress_bar(dict(config.trainer_arguments))
     arguments["default_root_dir"] = arguments["default_root_dir"] or str(directory)
     logger = arguments["logger"]
-    loggers = (
-        []
-        if logger in (None, True, False)
-        else list(logger)
-        if isinstance(logger, (list, tuple))
-        else [logger]
-    )
+    loggers = [] if logger in (None, True, False) else list(logger) if isinstance(logger, (list, tuple)) else [logger]
     if config.config.metrics_csv:
         loggers.append(MetricsCSV(directory / "metrics.csv"))
     arguments["logger"] = loggers or False
@@ -162,9 +154,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
 class _FlushOnException(pl.Callback):
     """Writes the last rows of a run that fails."""
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
             recorder_of(trainer).flush()
 
@@ -196,7 +186,7 @@ def new_run_directory(chosen: str | None, name: str) -> Path:
     if _RUN_DIR in os.environ and int(os.environ.get("LOCAL_RANK", 0)):
         return Path(os.environ[_RUN_DIR])
     directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if rank_zero_only.rank:
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return directory
     stamp, count = directory, 1
     try:

@@ -27,9 +27,7 @@ class BestLossCheckpoint(ModelCheckpoint):
             ``train/loss``.
     """
 
-    def __init__(
-        self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None
-    ) -> None:
+    def __init__(self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="best",
@@ -62,11 +60,7 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Return whether ``current`` is finite and lower than the best."""
-        return (
-            current is not None
-            and bool(torch.isfinite(current))
-            and super().check_monitor_top_k(trainer, current)
-        )
+        return current is not None and bool(torch.isfinite(current)) and super().check_monitor_top_k(trainer, current)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the validation's loss is the lowest."""
@@ -80,9 +74,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         self._save_weights(before, trainer, pl_module)
 
-    def _save_weights(
-        self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
+    def _save_weights(self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.best_model_score is before or not trainer.is_global_zero:
             return
         net = getattr(pl_module, "net", None)

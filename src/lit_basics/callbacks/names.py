@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 
-def trained_parameters(
-    module: pl.LightningModule, optimizer: torch.optim.Optimizer
-) -> list[tuple[str, nn.Parameter]]:
+def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that ``optimizer`` trains, with their names in metric keys.
 
     A prefix that all parameters of the module share (``net.``) and torch.compile's are left out.

@@ -36,9 +36,7 @@ class LossReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the rows of the recorder."""
-        recorder_of(trainer).listeners["loss report " + self.key] = lambda step, row: self._add(
-            trainer, step, row
-        )
+        recorder_of(trainer).listeners["loss report " + self.key] = lambda step, row: self._add(trainer, step, row)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new report."""
@@ -73,4 +71,4 @@ class LossReport(pl.Callback):
             # print through the progress bar, which would be torn otherwise
             line = f"[{trainer.current_epoch + 1}, {step - self._first_step:5d}] loss: {value:.3f}"
             bar = trainer.progress_bar_callback
-            (bar.print if bar is not None and bar.is_enabled else print)(line)
+            (print if bar is None or bar.is_disabled else bar.print)(line)

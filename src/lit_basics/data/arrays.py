@@ -196,9 +196,7 @@ class ArrayDataModule(pl.LightningDataModule):
         self._val, self._train = shuffled[:val].sort().values, shuffled[val:].sort().values
         mean, std = self.mean, self.std
         if mean is None or std is None:
-            measured_mean, measured_std = channel_statistics(
-                arrays.x_train[self._train] if val else arrays.x_train
-            )
+            measured_mean, measured_std = channel_statistics(arrays.x_train[self._train] if val else arrays.x_train)
             mean, std = mean or measured_mean, std or measured_std
         self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")

@@ -84,7 +84,5 @@ class NpzDataModule(ArrayDataModule):
         if labels.shape != (count,):
             raise UserError(f"{self.path}: {key} has shape {arrays[key].shape}; x_{split} has {count} images")
         if labels.min() < 0 or int(labels.max()) >= 2**31:
-            raise UserError(
-                f"{self.path}: {key} has labels from {labels.min()} to {labels.max()}; they start at 0"
-            )
+            raise UserError(f"{self.path}: {key} has labels from {labels.min()} to {labels.max()}; they start at 0")
         return torch.from_numpy(labels.astype(np.int64))

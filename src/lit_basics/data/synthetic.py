@@ -55,9 +55,7 @@ class SyntheticCIFAR10(ArrayDataModule):
     def _draw(self, count: int, split: int) -> tuple[Tensor, Tensor]:
         rng = generator(self.image_seed, split)
         labels = torch.randint(0, ORIENTATIONS * len(CYCLES), (count,), generator=rng)
-        angle = (
-            math.pi / ORIENTATIONS * (labels % ORIENTATIONS + 0.4 * torch.rand(count, generator=rng) - 0.2)
-        )
+        angle = math.pi / ORIENTATIONS * (labels % ORIENTATIONS + 0.4 * torch.rand(count, generator=rng) - 0.2)
         cycles = torch.tensor(CYCLES)[labels // ORIENTATIONS]
         phase = 2 * math.pi * torch.rand(count, generator=rng)
         axis = torch.arange(32) / 32
