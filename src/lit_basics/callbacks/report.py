@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from tqdm import tqdm
 
 from lit_basics.errors import UserError
 from lit_basics.recording import recorder_of
@@ -68,7 +69,5 @@ class LossReport(pl.Callback):
         self._losses = []
         recorder_of(trainer).write({self.key: value}, step)
         if trainer.is_global_zero:
-            # print through the progress bar, which would be torn otherwise
-            line = f"[{trainer.current_epoch + 1}, {step - self._first_step:5d}] loss: {value:.3f}"
-            bar = trainer.progress_bar_callback
-            (print if bar is None or bar.is_disabled else bar.print)(line)
+            # tqdm's write does not tear a progress bar; without one it prints
+            tqdm.write(f"[{trainer.current_epoch + 1}, {step - self._first_step:5d}] loss: {value:.3f}")
