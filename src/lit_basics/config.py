@@ -3,6 +3,7 @@
 LightningCLI builds the parser; this adds the recipes' names, the options of a run, and short messages.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ class Config(LightningCLI):
         args = named_configs(args)
         try:
             self.config = parser.parse_args(args)
+            reset_unwritten(self.config, written_keys(args))
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -93,7 +95,7 @@ class Config(LightningCLI):
     def build(self) -> None:
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
         try:
-            objects = self.parser.instantiate_classes(self.config)
+            objects = self.parser.instantiate(self.config)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
@@ -107,11 +109,54 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
-        return str(self.parser.dump(config, skip_none=False))
+        return str(self.parser.dump(config))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved configuration as plain values."""
         return dict(yaml.safe_load(self.to_yaml()))
+
+
+def written_keys(args: list[str]) -> set[str]:
+    """Return the dotted keys that a config file or a typed option gives, without ``init_args``."""
+    keys = {word.removeprefix("--").partition("=")[0] for word in args if word.startswith("--")}
+
+    def walk(value: Any, key: str) -> None:
+        keys.add(key)
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(inner, key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".removeprefix("."))
+
+    for name in config_names(args):
+        walk(yaml.safe_load(Path(name).read_text(encoding="utf-8")), "")
+    return keys
+
+
+def reset_unwritten(config: jsonargparse.Namespace, written: set[str], key: str = "") -> None:
+    """Give each argument of a class that nobody wrote its class's default.
+
+    When the class is changed, jsonargparse keeps every argument that the new class takes too, the defaults of
+    the old class among them: AdamW in the place of SGD would have no weight decay.
+    """
+    for name, value in list(vars(config).items()):
+        inner = f"{key}.{name}".removeprefix(".")
+        if not isinstance(value, jsonargparse.Namespace):
+            continue
+        if "class_path" in value and "init_args" in value:
+            defaults = class_defaults(value.class_path)
+            for argument in set(vars(value.init_args)) & set(defaults):
+                if not any(k == f"{inner}.{argument}" or k.startswith(f"{inner}.{argument}.") for k in written):
+                    value.init_args[argument] = defaults[argument]
+            reset_unwritten(value.init_args, written, inner)
+        else:
+            reset_unwritten(value, written, inner)
+
+
+def class_defaults(class_path: str) -> dict[str, Any]:
+    """Return the defaults of a class's arguments."""
+    module, _, name = class_path.rpartition(".")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    return dict(vars(parser.get_defaults()))
 
 
 def wandb_can_log_in() -> bool:

@@ -81,8 +81,8 @@ def fit(command: str, args: list[str]) -> None:
     if trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
-        if best is not None and best.best_model_path:
-            print(f"best checkpoint: {best.best_model_path} ({best.monitor} {float(best.best_model_score):.4g})")
+        if best is not None and best.best_model_score is not None:
+            print(f"best checkpoint: {best.best_model_path} ({best.monitor} {best.best_model_score.item():.4g})")
 
 
 def evaluate(command: str, args: list[str]) -> None:

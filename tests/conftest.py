@@ -1,0 +1,20 @@
+"""Every test runs in one thread, from the default seed, in an empty folder."""
+
+import os
+
+import pytest
+import torch
+
+os.environ["WANDB_SILENT"] = "true"
+
+
+@pytest.fixture(autouse=True)
+def clean_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIT_BASICS_RUN_DIR", raising=False)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("LIT_BASICS_RUN_DIR", None)

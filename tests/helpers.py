@@ -1,0 +1,91 @@
+"""What several tests need: a run by the command line, by the Trainer, and the weights after every step."""
+
+import csv
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from lit_basics.cli import main
+from lit_basics.config import Config
+from lit_basics.data.synthetic import SyntheticCIFAR10
+
+
+class Weights(pl.Callback):
+    """Keeps a copy of the net's state before the first step and after every step."""
+
+    def __init__(self):
+        self.before, self.after = {}, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = copied(pl_module.net)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > len(self.after):
+            self.after.append(copied(pl_module.net))
+
+
+def copied(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal(state, other):
+    assert state.keys() == other.keys()
+    for name in state:
+        assert torch.equal(state[name], other[name]), name
+
+
+def assert_same_steps(weights, others, steps):
+    """Assert that two runs of ``steps`` steps had the same weights after each."""
+    assert len(weights) == len(others) == steps
+    for state, other in zip(weights, others, strict=True):
+        assert_equal(state, other)
+
+
+def train(*args, callbacks=(), **trainer):
+    """Train a configuration by a bare Trainer; return the module, the weights and the Trainer."""
+    config = Config([*args])
+    config.build()
+    weights = Weights()
+    chosen = config.trainer_arguments["callbacks"] or []
+    arguments = {
+        **config.trainer_arguments,
+        "callbacks": [*chosen, weights, *callbacks],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        **trainer,
+    }
+    fitted = pl.Trainer(**arguments)
+    fitted.fit(config.model, datamodule=config.datamodule)
+    return config.model, weights, fitted
+
+
+def fit(*args, run_dir="run"):
+    """Run ``lit_basics fit`` and return its run directory."""
+    assert main(["fit", *args, "--run_dir", str(run_dir), "--trainer.enable_progress_bar", "false"]) == 0
+    return Path(run_dir)
+
+
+def metrics(run_dir):
+    """Return metrics.csv as {step: {key: value}}, without the empty cells."""
+    with (Path(run_dir) / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = {int(row["step"]): {k: float(v) for k, v in row.items() if k != "step" and v != ""} for row in rows}
+    assert len(table) == len(rows), "a step has two rows"
+    return table
+
+
+def write_npz(path, train=400, test=100):
+    """Write synthetic images as an ``.npz`` file and return its path as text."""
+    arrays = SyntheticCIFAR10(train, test).load()
+    np.savez(
+        path,
+        x_train=arrays.x_train.permute(0, 2, 3, 1).numpy(),
+        y_train=arrays.y_train.numpy(),
+        x_test=arrays.x_test.permute(0, 2, 3, 1).numpy(),
+        y_test=arrays.y_test.numpy(),
+    )
+    return str(path)
