@@ -114,15 +114,10 @@ class LitSupervised(pl.LightningModule):
             raise UserError(f"the optimizer cannot train {type(self.net).__name__}: {error}") from error
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {
-                "scheduler": scheduler,
-                "interval": self._lr_interval,
-                "monitor": self._lr_monitor,
-            },
-        }
+        scheduler = {"scheduler": self._lr_scheduler(optimizer)}
+        if self.automatic_optimization:  # in manual optimization Lightning ignores these, with a warning
+            scheduler |= {"interval": self._lr_interval, "monitor": self._lr_monitor}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def record(self, name: str, value: Tensor) -> None:
         """Log a scalar of this training step without a host sync; ``<name>_epoch`` gets its mean.
@@ -247,26 +242,19 @@ class LitSupervised(pl.LightningModule):
 
     def _step_schedulers(self, interval: str, *, plateau: bool) -> None:
         # what Lightning does in automatic optimization, at the same moments
-        if self.automatic_optimization:
+        if self.automatic_optimization or interval != self._lr_interval:
             return
         for config in self.trainer.lr_scheduler_configs:
-            is_plateau = isinstance(config.scheduler, ReduceLROnPlateau)
-            if config.interval != interval or is_plateau != plateau:
-                continue
             counter = 1 + (self.trainer.fit_loop.batch_idx if interval == "step" else self.trainer.current_epoch)
-            if counter % config.frequency:
+            if isinstance(config.scheduler, ReduceLROnPlateau) != plateau or counter % config.frequency:
                 continue
-            if is_plateau:
-                value = self.trainer.callback_metrics.get(config.monitor or "")
-                if value is not None:
-                    self.lr_scheduler_step(config.scheduler, value)
-                elif config.strict:
-                    raise UserError(
-                        f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged; "
-                        f"there is {', '.join(self.trainer.callback_metrics) or 'nothing'}"
-                    )
-            else:
-                self.lr_scheduler_step(config.scheduler, None)
+            value = self.trainer.callback_metrics.get(self._lr_monitor) if plateau else None
+            if plateau and value is None:
+                raise UserError(
+                    f"ReduceLROnPlateau monitors {self._lr_monitor!r} (lr_monitor), which is not there; "
+                    f"there is {', '.join(self.trainer.callback_metrics) or 'nothing yet'}"
+                )
+            self.lr_scheduler_step(config.scheduler, value)
 
     # evaluation
 

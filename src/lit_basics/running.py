@@ -109,11 +109,11 @@ def evaluate(command: str, args: list[str]) -> None:
         _predict(trainer, config, Path(directory) if directory else path.parent)
         return
     evaluate_method = trainer.validate if command == "validate" else trainer.test
-    results = evaluate_method(config.model, datamodule=config.datamodule, verbose=False)
+    evaluate_method(config.model, datamodule=config.datamodule, verbose=False)
     if trainer.is_global_zero:
-        if not any(results):
+        if not trainer.callback_metrics:
             raise UserError(f"there is nothing to {command} on: the data has no {command} images")
-        for name, value in sorted(results[0].items()):
+        for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name} {value:.6g}")
 
 

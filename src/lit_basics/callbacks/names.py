@@ -19,7 +19,7 @@ def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimi
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Return parameter names without the components that all of them begin with.
+    """Return parameter names without the first component if all share it: the attribute that holds the net.
 
     >>> short_names(["net.conv.weight", "net.conv.bias", "net.head.weight"])
     ['conv.weight', 'conv.bias', 'head.weight']
@@ -29,6 +29,6 @@ def short_names(names: Iterable[str]) -> list[str]:
     ['weight']
     """
     parts = [[p for p in name.split(".") if p != "_orig_mod"] for name in names]
-    while parts and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+    if all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     return [".".join(p) for p in parts]

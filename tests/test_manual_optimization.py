@@ -1,0 +1,119 @@
+"""Manual optimization equals automatic optimization bit for bit, with the same Trainer settings."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import assert_same_steps, copied, fit, metrics, write_npz
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
+
+from lit_basics import LitClassifier, SyntheticCIFAR10
+
+SETTINGS = {
+    "plain": {},
+    "clip by norm": {"gradient_clip_val": 0.05},
+    "clip by value": {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "all": {"gradient_clip_val": 0.05, "accumulate_grad_batches": 3},
+    "bf16-mixed": {"precision": "bf16-mixed", "gradient_clip_val": 0.05},
+    "bf16-true": {"precision": "bf16-true"},
+    "float64": {"precision": "64-true"},
+    "max_steps": {"max_steps": 13, "accumulate_grad_batches": 2},
+}
+SCHEDULERS = {
+    "none": {},
+    "step": {
+        "lr_scheduler": lambda o: OneCycleLR(o, max_lr=0.1, total_steps=60),
+        "lr_interval": "step",
+    },
+    "epoch": {"lr_scheduler": lambda o: StepLR(o, 1, 0.5)},
+    "plateau": {"lr_scheduler": lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5)},
+    "plateau on validation": {
+        "lr_scheduler": lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.5),
+        "lr_monitor": "val/loss",
+    },
+}
+
+
+class Steps(pl.Callback):
+    """Keeps the weights and the learning rate after every step, and the gradients as callbacks see them."""
+
+    def __init__(self):
+        self.weights, self.rates, self.gradients, self.checkpoints = [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({n: p.grad.clone() for n, p in pl_module.net.named_parameters()})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > len(self.weights):
+            self.weights.append(copied(pl_module.net))
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def run(manual, settings, scheduler):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10))
+    model = LitClassifier(
+        net,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        automatic_optimization=not manual,
+        **scheduler,
+    )
+    steps = Steps()
+    trainer = pl.Trainer(
+        **{"max_epochs": 3, **settings},
+        callbacks=[steps],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(model, datamodule=SyntheticCIFAR10(120, 10, batch_size=8, val_size=20))
+    return steps, trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheduler"),
+    [
+        *((name, "none") for name in SETTINGS),
+        *(("plain", name) for name in SCHEDULERS if name != "none"),
+        *(("all", name) for name in SCHEDULERS if name != "none"),
+    ],
+)
+def test_manual_equals_automatic(settings, scheduler):
+    automatic, trainer = run(False, SETTINGS[settings], SCHEDULERS[scheduler])
+    manual, manual_trainer = run(True, SETTINGS[settings], SCHEDULERS[scheduler])
+    assert_same_steps(manual.weights, automatic.weights, trainer.global_step)
+    assert_same_steps(manual.gradients, automatic.gradients, trainer.global_step)
+    assert manual.rates == automatic.rates
+    if scheduler != "none":
+        assert len(set(automatic.rates)) > 1, "the scheduler did nothing"
+    assert manual_trainer.global_step == trainer.global_step > 0
+    assert manual_trainer.current_epoch == trainer.current_epoch
+    assert manual_trainer.gradient_clip_val == SETTINGS[settings].get("gradient_clip_val")
+    for name, value in trainer.callback_metrics.items():
+        assert torch.equal(manual_trainer.callback_metrics[name], value), name
+
+
+def test_by_command_manual_logs_what_automatic_logs(tmp_path):
+    path = write_npz(tmp_path / "images.npz", train=200)
+    words = [
+        *("--config", "lenet5", "--data", "NpzDataModule", "--data.path", path, "--data.batch_size", "16"),
+        *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--trainer.gradient_clip_val", "0.1"),
+        *("--trainer.accumulate_grad_batches", "2", "--data.val_size", "0.2"),
+    ]
+    automatic = metrics(fit(*words, run_dir="automatic"))
+    manual = metrics(fit(*words[:2], "--config", "manual", *words[2:], run_dir="manual"))
+    assert automatic == manual
+    assert max(row["grad/norm"] for row in automatic.values()) > 0.1, "the norms are those before clipping"
+
+
+def test_an_overridden_training_step_is_refused_in_manual_mode():
+    class Own(LitClassifier):
+        def training_step(self, batch, batch_idx):
+            return self.compute_loss(batch, batch_idx)
+
+    Own(nn.Linear(1, 10))
+    with pytest.raises(ValueError, match="override compute_loss"):
+        Own(nn.Linear(1, 10), automatic_optimization=False)

@@ -1,0 +1,173 @@
+"""The recorder: what reaches the loggers, and when."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+
+from lit_basics import GradientMonitor, LitClassifier, SyntheticCIFAR10
+from lit_basics.recording import ROWS, StepRecorder, recorder_of
+
+
+class Rows(DummyLogger):
+    """Keeps the rows that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+@pytest.fixture
+def rows():
+    return Rows()
+
+
+@pytest.fixture
+def trainer(rows):
+    return pl.Trainer(accelerator="cpu", logger=rows, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def test_rows_reach_the_loggers_at_a_flush(trainer, rows):
+    recorder = recorder_of(trainer)
+    assert recorder is recorder_of(trainer)
+    recorder.put(1, "train/loss", torch.tensor(2.0))
+    recorder.put_all(1, ["a", "b"], torch.tensor([3.0, 4.0]))
+    recorder.put_host(1, "lr", 0.5)
+    assert rows.rows == []
+    recorder.flush()
+    assert rows.rows == [(1, {"train/loss": 2.0, "a": 3.0, "b": 4.0, "lr": 0.5})]
+
+
+def test_a_full_buffer_flushes_itself(trainer, rows):
+    recorder = recorder_of(trainer)
+    for step in range(1, ROWS + 2):
+        recorder.put(step, "x", float(step))
+    assert [step for step, _ in rows.rows] == list(range(1, ROWS + 1))
+    assert recorder.epoch_means() == {"x": sum(range(1, ROWS + 2)) / (ROWS + 1)}
+
+
+def test_only_some_steps_are_logged_but_all_count(trainer, rows):
+    recorder = recorder_of(trainer)
+    for step in range(1, 5):
+        recorder.put(step, "x", float(step), every=2)
+        recorder.put_host(step, "lr", 0.1, every=2)
+    assert recorder.epoch_means() == {"x": 2.5}
+    assert rows.rows == [(2, {"x": 2.0, "lr": 0.1}), (4, {"x": 4.0, "lr": 0.1})]
+
+
+def test_micro_batches_are_averaged_and_evaluations_are_not(trainer, rows):
+    recorder = recorder_of(trainer)
+    recorder.put(1, "x", torch.tensor(1.0), part=0)
+    recorder.put(1, "x", torch.tensor(99.0), part=0)  # LBFGS evaluates again
+    recorder.put(1, "x", torch.tensor(3.0), part=1)
+    recorder.flush()
+    assert rows.rows == [(1, {"x": 2.0})]
+
+
+def test_not_a_number_is_logged(trainer, rows):
+    recorder = recorder_of(trainer)
+    recorder.put(1, "x", torch.tensor(float("nan")))
+    recorder.flush()
+    assert rows.rows[0][1]["x"] != rows.rows[0][1]["x"]
+
+
+def test_many_columns_and_late_ones(trainer, rows):
+    recorder = recorder_of(trainer)
+    names = [f"n{i}" for i in range(40)]
+    recorder.put_all(1, names[:3], torch.arange(3.0))
+    recorder.put_all(2, ["n0", *names], torch.cat([torch.zeros(1), torch.arange(40.0)]))
+    recorder.flush()
+    assert rows.rows[1][1] == {name: float(i) for i, name in enumerate(names)}
+
+
+def test_float64_is_kept(trainer, rows):
+    recorder = recorder_of(trainer)
+    value = 1.0 + 2.0**-40
+    recorder.put(1, "x", torch.tensor(value, dtype=torch.float64))
+    recorder.flush()
+    assert rows.rows[0][1]["x"] == value
+
+
+def test_state_continues_the_means(trainer, rows):
+    recorder = recorder_of(trainer)
+    recorder.put(1, "x", 1.0)
+    other = StepRecorder(trainer)
+    other.load_state_dict(recorder.state_dict())
+    other.put(2, "x", 4.0)
+    assert other.epoch_means() == {"x": 2.5}
+    other.start_epoch()
+    assert other.epoch_means() == {}
+
+
+def test_the_recorder_does_not_keep_its_trainer_alive():
+    import gc
+    import weakref
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    recorder_of(trainer).put(1, "x", 1.0)
+    alive = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_steps_count_from_one_and_are_complete(rows, manual):
+    class Recording(LitClassifier):
+        def compute_loss(self, batch, batch_idx):
+            loss = super().compute_loss(batch, batch_idx)
+            self.record("train/double", 2 * loss)
+            return loss
+
+    model = Recording(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), automatic_optimization=not manual)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=rows,
+        log_every_n_steps=1,
+        callbacks=[GradientMonitor()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=SyntheticCIFAR10(100, 10, batch_size=10, val_size=20))
+    table = {}
+    for step, row in rows.rows:
+        table.setdefault(step, {}).update(row)
+    assert list(table) == list(range(1, 17))
+    for row in table.values():
+        assert row["train/double"] == pytest.approx(2 * row["train/loss"])
+        assert row["grad/norm"] ** 2 == pytest.approx(
+            row["grad/norm/1.weight"] ** 2 + row["grad/norm/1.bias"] ** 2
+        )
+    mean = sum(table[step]["train/loss"] for step in range(9, 17)) / 8
+    assert table[16]["train/loss_epoch"] == pytest.approx(mean)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean)
+    assert {"val/loss", "val/acc"} <= set(table[8]) & set(table[16])
+
+
+def test_a_training_step_of_the_users_is_recorded_too(rows):
+    class Own(LitClassifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return {"loss": nn.functional.cross_entropy(self(x), y)}
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=rows,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Own(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+    trainer.fit(model, datamodule=SyntheticCIFAR10(50, 10, batch_size=10, val_size=0))
+    losses = {step: row["train/loss"] for step, row in rows.rows if "train/loss" in row}
+    assert list(losses) == [1, 2, 3]
+    assert all(1.5 < loss < 3.5 for loss in losses.values())
