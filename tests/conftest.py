@@ -17,4 +17,5 @@ def clean_start(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    os.environ.pop("LIT_BASICS_RUN_DIR", None)
+    for name in ("LIT_BASICS_RUN_DIR", "WANDB_MODE"):  # set for the processes that a run starts
+        os.environ.pop(name, None)

@@ -141,9 +141,7 @@ def test_steps_count_from_one_and_are_complete(rows, manual):
     assert list(table) == list(range(1, 17))
     for row in table.values():
         assert row["train/double"] == pytest.approx(2 * row["train/loss"])
-        assert row["grad/norm"] ** 2 == pytest.approx(
-            row["grad/norm/1.weight"] ** 2 + row["grad/norm/1.bias"] ** 2
-        )
+        assert row["grad/norm"] ** 2 == pytest.approx(row["grad/norm/1.weight"] ** 2 + row["grad/norm/1.bias"] ** 2)
     mean = sum(table[step]["train/loss"] for step in range(9, 17)) / 8
     assert table[16]["train/loss_epoch"] == pytest.approx(mean)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean)

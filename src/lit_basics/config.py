@@ -3,16 +3,22 @@
 LightningCLI builds the parser; this adds the recipes' names, the options of a run, and short messages.
 """
 
+import difflib
 import importlib
+import netrc
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonargparse
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
@@ -66,10 +72,11 @@ class Config(LightningCLI):
         args = named_configs(args)
         try:
             self.config = parser.parse_args(args)
-            reset_unwritten(self.config, written_keys(args))
+            check_trainer(self.config.trainer)
+            reset_unwritten(self.config, written_keys(args), {})
+        except UserError:
+            raise
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(short_message(str(error), self.parser, args)) from error
 
     def instantiate_classes(self) -> None:
@@ -97,9 +104,17 @@ class Config(LightningCLI):
         try:
             objects = self.parser.instantiate(self.config)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{type(error).__name__}: {error}") from error
+            # where a key may be null, jsonargparse wraps what its class raised into a page of text
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            frame = traceback.extract_tb(cause.__traceback__)[-1]
+            reason = str(cause).splitlines()[0] if str(cause) else "no message"
+            raise UserError(
+                f"{type(cause).__name__} at {Path(frame.filename).name}:{frame.lineno}: {reason}"
+            ) from error
         self.model: pl.LightningModule = objects["model"]
         self.datamodule: pl.LightningDataModule | None = objects.get("data")
         self.trainer_arguments: dict[str, Any] = dict(objects["trainer"])
@@ -131,24 +146,22 @@ def written_keys(args: list[str]) -> set[str]:
     return keys
 
 
-def reset_unwritten(config: jsonargparse.Namespace, written: set[str], key: str = "") -> None:
-    """Give each argument of a class that nobody wrote its class's default.
+def reset_unwritten(config: jsonargparse.Namespace, written: set[str], defaults: dict[str, Any], key: str = "") -> None:
+    """Give each argument of a class that nobody wrote its default.
 
     When the class is changed, jsonargparse keeps every argument that the new class takes too, the defaults of
     the old class among them: AdamW in the place of SGD would have no weight decay.
     """
     for name, value in list(vars(config).items()):
         inner = f"{key}.{name}".removeprefix(".")
-        if not isinstance(value, jsonargparse.Namespace):
-            continue
-        if "class_path" in value and "init_args" in value:
-            defaults = class_defaults(value.class_path)
-            for argument in set(vars(value.init_args)) & set(defaults):
-                if not any(k == f"{inner}.{argument}" or k.startswith(f"{inner}.{argument}.") for k in written):
-                    value.init_args[argument] = defaults[argument]
-            reset_unwritten(value.init_args, written, inner)
-        else:
-            reset_unwritten(value, written, inner)
+        default = defaults.get(name)
+        if key and name in defaults and not any(k == inner or k.startswith(f"{inner}.") for k in written):
+            config[name] = default
+        elif isinstance(value, jsonargparse.Namespace) and "class_path" in value and "init_args" in value:
+            inner_defaults = class_defaults(value.class_path)
+            if isinstance(default, jsonargparse.Namespace) and default.class_path == value.class_path:
+                inner_defaults = dict(vars(default.init_args))
+            reset_unwritten(value.init_args, written, inner_defaults, inner)
 
 
 def class_defaults(class_path: str) -> dict[str, Any]:
@@ -159,13 +172,47 @@ def class_defaults(class_path: str) -> dict[str, Any]:
     return dict(vars(parser.get_defaults()))
 
 
-def wandb_can_log_in() -> bool:
-    """Return whether W&B has a key, someone to ask for one, or was told not to need one."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or sys.stdin.isatty():
-        return True
-    import wandb
+def check_trainer(settings: Any) -> None:
+    """Refuse, before anything is written, a Trainer that cannot be made on this machine.
 
-    return bool(wandb.api.api_key)
+    Raises:
+        UserError: If the settings are no keys and values, or name no accelerator or strategy that there is.
+    """
+    if not isinstance(settings, jsonargparse.Namespace):
+        raise UserError(f"trainer is {settings}; it must hold keys and values, such as max_epochs: 3")
+    accelerators = sorted(AcceleratorRegistry.available_accelerators())
+    found = [name for name in accelerators if AcceleratorRegistry[name]["accelerator"].is_available()]
+    for key, valid in (
+        ("accelerator", ["auto", "gpu", *accelerators]),
+        ("strategy", ["auto", *StrategyRegistry.available_strategies()]),
+    ):
+        value = settings[key]
+        if isinstance(value, str) and value not in valid:
+            raise UserError(f"trainer.{key}: there is no {key} {value}{nearest(value, valid)}")
+    wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])
+    if isinstance(settings.accelerator, str) and not set(wanted) & set(found):
+        raise UserError(
+            f"trainer.accelerator is {settings.accelerator}, but torch finds none on this machine; "
+            f"it can be {' or '.join(found)}: --trainer.accelerator {found[0]}"
+        )
+
+
+def wandb_can_log_in() -> bool:
+    """Return whether W&B has a key, someone to ask for one, or was told not to need one.
+
+    Without asking W&B itself, which would fix its settings before the logger can.
+    """
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or (
+        sys.stdin.isatty() and sys.stderr.isatty()
+    ):
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def named_configs(args: list[str]) -> list[str]:
@@ -191,22 +238,23 @@ def config_path(name: str) -> Path:
         UserError: If there is no such file or recipe, or it is not a YAML mapping.
     """
     path = Path(name)
-    if path.suffix or len(path.parts) != 1 or (path.is_file() and name not in all_names()):
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            hint = nearest(path.stem, all_names()) if path.stem in all_names() else ""
-            raise UserError(f"--config {name}: the file {what}{hint}")
-    else:
+    is_path = path.suffix or os.sep in name or (path.is_file() and name not in all_names())
+    if not is_path:
         path = recipe_path(name)
+    elif not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        close = difflib.get_close_matches(name, [str(file) for file in path.parent.glob("*.y*ml")], n=1)
+        close = close or difflib.get_close_matches(path.stem, all_names(), n=1)
+        raise UserError(f"--config {name}: the file {what}{f'; did you mean {close[0]!r}?' if close else ''}")
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" at line {place.line + 1}" if place else ""
-        raise UserError(f"--config {name}: not a YAML text file{where} ({type(error).__name__})") from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or type(error).__name__
+        raise UserError(f"--config {name}: not a YAML text file{where} ({reason})") from error
     if not isinstance(content, dict):
-        what = "is empty" if content is None else f"holds {type(content).__name__}, not keys and values"
+        what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise UserError(f"--config {name}: the file {what}")
     return path
 

@@ -1,9 +1,18 @@
-"""jsonargparse's messages, which can be a page long, in a line: the key, the value, the nearest valid name."""
+"""jsonargparse's messages, which can be a page long, in a line: the key, the value, the nearest valid name.
 
+Such a message is an indented tree: a key, for each type that its value may have the reason why it has not, and
+further in the same for a key of that class. :func:`_read` takes the first branch to its end, and
+:func:`short_message` says it in our words, one rule a kind of reason.
+"""
+
+import difflib
 import importlib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jsonargparse
@@ -12,105 +21,241 @@ import torch
 import yaml
 
 import lit_basics
+from lit_basics import nets
 from lit_basics.errors import nearest
+from lit_basics.recipes import recipe_names
 
 NO_MODEL = (
-    "what shall be trained? Name a recipe (lit_basics fit --config quickstart) or a model and data "
+    "which model? Name a recipe (lit_basics fit --config quickstart) or a model and data "
     "(--model lit_basics.LitLeNet5 --data SyntheticCIFAR10); lit_basics recipes lists the recipes"
 )
+
+_COMMON = [
+    "trainer.max_epochs",
+    "model.optimizer",
+    "model.optimizer.lr",
+    "model.lr_scheduler",
+    "data.batch_size",
+    "data.val_size",
+]
+"""Keys of most models and data, whose last part alone is often typed."""
+
+_NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Expected a path but",
+    "Expected a <class 'NoneType'>",  # most keys may be null: not worth saying
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",
+)
+"""Beginnings of lines that say nothing about what was wrong."""
+
+
+@dataclass
+class _Problem:
+    """The first branch of a message."""
+
+    key: str = ""
+    """The dotted key, as one would type it."""
+    class_path: str = ""
+    """The class whose argument it is."""
+    value: str = ""
+    reasons: list[str] = field(default_factory=list)
+    """Why the value is none of the types that it may have."""
 
 
 def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     """Return ``message``, an error of ``parser`` at ``args``, in a line or two."""
-    if "arguments are required: model" in message:
-        return NO_MODEL
-    if match := re.search(r"unrecognized arguments: (\S+)", message):
-        word = match[1]
-        if not word.startswith("--"):
-            return f"{word!r} is not an option; a recipe is named by --config {word}"
-        word = word.split("=")[0]
-        return f"there is no option {word}{nearest(word, _options(parser))}"
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    if match := re.search(r"[Kk]ey ['\"]?([\w.+]+)['\"]? is not expected|No action for key \"([\w.+]+)\"", message):
-        key = match[1] or match[2]
-        options = [option.removeprefix("--") for option in _options(parser)]
-        return f"there is no key {key}{_place(key, args)}{nearest(key, options)}"
-    if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        key = f"{match[1]}.{match[2]}"
-        options = [option.removeprefix("--") for option in _options(parser)]
-        return f"there is no key {key}{_place(key, args)}{nearest(key, options)}"
-    if match := re.search(r"(?:Option|Key|key) ['\"]([\w.]+)['\"] is not (?:accepted|expected)", message):
-        class_path = _last_class_path(message[: message.index(match[0])], message)
+    problem = _read(message)
+    key, reason = problem.key, problem.reasons[0] if problem.reasons else message.strip()
+    place = _place(key, args)
+
+    # the following arguments are required: model
+    if match := re.search(r"arguments are required: (.+)", reason):
         if not key:
-            names = (
-                "model",
-                "data",
-                "trainer",
-                "seed_everything",
-                "metrics_csv",
-                "best_checkpoint",
-                "last_checkpoint",
-            )
-            return f"there is no key {match[1]}{_place(match[1], args)}{nearest(match[1], names)}"
-        key = f"{key}.{match[1]}"
-        return f"there is no key {key}{_place(key, args)}{nearest(match[1], _parameters(class_path))}"
-    if match := re.search(r"arguments are required: (.+)", message):
-        return f"{_last_class_path(message, message) or key} needs {match[1].strip()}{_place(key, args)}"
-    value = _value(message)
-    name = re.search(
-        r"(?:dot import path string|Problem with given class_path|Import): '?([\w.]+)|'([\w.]+)':\n.*import",
-        message,
-    )
-    if key.rpartition(".")[2] in ("model", "data", "callbacks", "lr_scheduler", "logger") and re.fullmatch(
-        r"[\w.]+", value
-    ):
-        return f"{key}: there is no class {value}{_place(key, args)}{nearest(value, _classes(key))}"
-    if "dot import path" in message and not re.search(r"<class '(float|int|bool|str)'>", message):
-        wanted = (name and (name[1] or name[2])) or value
-        return f"{key}: there is no class {wanted}{_place(key, args)}{nearest(wanted, _classes(key))}"
-    if match := re.search(r"(Multiple subclasses with name .+)", message):
-        return f"{key}: {match[1]}"
-    kinds = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message)))
-    if kinds:
-        kinds = ["nothing (null)" if kind == "NoneType" else kind for kind in kinds]
-        return f"{key} is {value}{_place(key, args)}; it must be {' or '.join(kinds)}"
-    if match := re.search(r"Expected (one of .+|an? .+?)(?:\. Got|\n|$)", message):
-        return f"{key} is {value}{_place(key, args)}; expected {match[1]}"
-    return f"{key}: {message.strip().splitlines()[-1].strip()}" if key else message.strip().splitlines()[0]
+            return NO_MODEL
+        return f"{key}: {problem.class_path} needs {match[1].strip()}{place}"
+
+    # unrecognized arguments: --trainer.max_epoch 3
+    if match := re.search(r"unrecognized arguments: (\S+)", reason):
+        word = match[1].partition("=")[0]
+        if word.startswith("--"):
+            return f"there is no option {word}{_nearest_key(word, _keys(parser), '--')}"
+        if word in (*recipe_names(), *recipe_names("overlays")) or word.endswith((".yaml", ".yml")):
+            return f"{word!r} stands alone; did you mean '--config {word}'?"
+        return f"{word!r} stands alone; a value follows its --KEY"
+
+    # Group 'trainer' does not accept option 'max_epoch'
+    if match := re.match(r"Group '([\w.]+)' does not accept option '([^']+)'", reason):
+        key = f"{match[1]}.{match[2]}"
+        return f"there is no key {key}{_place(key, args)}{_nearest_key(key, _keys(parser))}"
+
+    # Option 'optimzer.class_path' is not accepted
+    if match := re.match(r"Option '([^']+)' is not accepted", reason):
+        if re.fullmatch(r"lightning\.(LightningModule|LightningDataModule|Callback)", problem.class_path):
+            return f"{key} holds {match[1]!r}{place}; it must hold class_path and init_args, and nothing else"
+        wrong = ".".join([*([key] if key else []), match[1].partition(".")[0]])
+        keys = [f"{key}.{name}" for name in _parameters(problem.class_path)] if key else _keys(parser)
+        return f"there is no key {wrong}{_place(wrong, args)}{_nearest_key(wrong, keys)}"
+
+    # Expected a dot import path string: Adm; for callbacks after: Expected a <class 'list'>
+    if match := re.search(r"^Expected a dot import path string: ?(\S*)", "\n".join(problem.reasons), re.M):
+        names = list(_classes(key))
+        if names or match[0] == reason:  # else a number would do too, and is more likely meant
+            return f"{key}: there is no class {match[1] or repr('')}{place}{nearest(match[1], names)}"
+
+    # module 'torch.nn' has no attribute 'Linea'; it may come from inside a user's module too
+    if match := re.match(r"module '([\w.]+)' has no attribute '(\w+)'", reason):
+        wrong = f"{match[1]}.{match[2]}"
+        if wrong in message.replace(reason, ""):
+            return f"{key}: there is no class {wrong}{place}{nearest(match[2], _classes_of(match[1]))}"
+
+    # Expected 'torch.nn.Linear' to be a subclass of <class 'Optimizer'>.
+    # Import path does not correspond to a subclass of LightningModule
+    if match := re.match(r"(?:Expected '([\w.]+)' to be|Import path .*) a subclass of .*?(\w+)\W*$", reason):
+        return f"{key} is {match[1] or problem.value}{place}, which is not a subclass of {match[2]}"
+
+    # No module named 'mine', of the class_path mine.Mine
+    if match := re.match(r"No module named '([\w.]+)'", reason):
+        hint = "python -m lit_basics finds modules in the working directory"
+        return f"{key}: there is no module {match[1]} for {problem.class_path}{place}; {hint}"
+
+    # Multiple subclasses with name A. Give the full class path to avoid ambiguity: torch.A, lightning.A.
+    if match := re.match(r"Multiple subclasses with name (\w+)\..*: (.+?)\.?$", reason):
+        paths = [path for path in match[2].split(", ") if not path.startswith("lightning.pytorch.cli.")]
+        return f"{key}: there are several classes {match[1]}{place}; write {' or '.join(paths)}"
+
+    # argument --run_dir: expected one argument
+    if match := re.match(r"argument (?:\S*/)?(--\S+): expected", reason):
+        return f"{match[1]} needs a value"
+
+    # Expected a <class 'int'>; Expected a typing.Literal['tanh', 'relu']
+    if kinds := _kinds(problem.reasons):
+        value = problem.value if len(problem.value) <= 80 else problem.value[:77] + "..."
+        return f"{key} is {value}{place}; it must be {' or '.join(kinds)}"
+
+    files = f" (in {' or '.join(_files(args))})" if _files(args) else ""
+    return f"{key}: {reason}{place}" if key else f"{reason.splitlines()[0]}{files}"
 
 
-def _value(message: str) -> str:
-    found = re.findall(r"(?:Got|Given) value: (.+)", message)
-    nested = re.findall(r"NestedArg\(key='[^']*', val='([^']*)'", message)
-    value = nested[0] if nested else (found or ["wrong"])[0]
-    value = re.sub(r"\. Got value.*", "", value).strip()
-    return value if len(value) <= 80 else value[:77] + "..."
+def _read(message: str) -> _Problem:
+    """Return the first branch of ``message``.
+
+    >>> _read('''Parser key "data":
+    ...   Does not validate against any of the Union subtypes
+    ...   Subtypes: [<class 'LightningDataModule'>, <class 'NoneType'>]
+    ...   Errors:
+    ...     - Problem with given class_path 'lit_basics.SyntheticCIFAR10':
+    ...         Parser key "batch_size":
+    ...           Expected a <class 'int'>. Got value: big
+    ...     - Expected a <class 'NoneType'>
+    ...   Given value type: <class 'dict'>
+    ...   Given value: {'class_path': 'SyntheticCIFAR10', 'init_args': {'batch_size': 'big'}}''')
+    ... # doctest: +NORMALIZE_WHITESPACE
+    _Problem(key='data.batch_size', class_path='lit_basics.SyntheticCIFAR10', value='big',
+        reasons=["Expected a <class 'int'>"])
+    """
+    problem, keys, rest = _Problem(), [], ""
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        if line.startswith("Type ") and "expects a function or a callable class: " in line:
+            problem.class_path = ""  # it is the value's, see below
+            line = line.partition("expects a function or a callable class: ")[2]
+        key = re.match(r'Parser key "([^"]+)":', line)
+        class_path = re.match(r"Problem with given class_path '([^']+)':", line)
+        if (key or class_path) and problem.reasons:
+            break  # the next branch
+        if key:
+            keys.append(key[1])
+        elif class_path:
+            problem.class_path = class_path[1]
+        elif line.startswith("Given value: "):
+            problem.value = problem.value or line.removeprefix("Given value: ").partition(". Got value: ")[0]
+            rest += line
+        elif line and not line.startswith(_NOISE):
+            reason, _, value = line.partition(". Got value: ")
+            problem.reasons.append(reason)
+            problem.value = problem.value or value.partition(". Got value: ")[0]
+            rest += value
+    problem.key = ".".join(keys)
+    if not problem.class_path and (match := re.search(r"class_path='([\w.]+)'", rest)):
+        problem.class_path = match[1]
+    return problem
+
+
+def _kinds(reasons: list[str]) -> list[str]:
+    kinds: list[str] = []
+    for reason in reasons:
+        if reason.startswith("Expected a dot import path"):
+            continue  # beside a number: torch.optim's lr may be a tensor
+        if match := re.match(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", reason):
+            kinds.append(match[1])
+        elif match := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
+            kinds.append(f"one of {match[1]}" if not kinds else match[1])
+        elif match := re.match(r"Not a valid subclass of (\w+)", reason):
+            kinds += [] if kinds else [f"a class of {match[1]}s, or class_path and init_args"]
+        elif match := re.match(r"Expected (.+)", reason):
+            kinds.append(match[1])
+    return list(dict.fromkeys(kinds))
 
 
 def _place(key: str, args: list[str]) -> str:
-    """Return " (in FILE)" if the key is not typed but stands in a config file."""
-    if any(word.startswith(f"--{key}") for word in args):
+    """Return " (in FILE)" if the key is not typed but stands in a config file; the last file counts."""
+    if not key or any(word.partition("=")[0].rstrip("+") == f"--{key}" for word in args):
         return ""
-    for before, word in zip(args, args[1:], strict=False):
-        if before == "--config":
-            content: Any = yaml.safe_load(Path(word).read_text())
-            for part in key.split("."):
-                if isinstance(content, dict):
-                    content = content.get("init_args", content) if part not in content else content
-                content = content.get(part, content.get(f"{part}+")) if isinstance(content, dict) else None
-            if content is not None:
-                return f" (in {word})"
-    return ""
+    parts = key.split(".")
+    holding = [file for file in _files(args) if _holds(yaml.safe_load(Path(file).read_text()), parts)]
+    return f" (in {holding[-1]})" if holding else ""
 
 
-def _options(parser: jsonargparse.ArgumentParser) -> list[str]:
-    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+def _files(args: list[str]) -> list[str]:
+    files = [value for word, value in pairwise(args) if word in ("--config", "-c")]
+    return files + [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
 
 
-def _last_class_path(before: str, message: str) -> str:
-    found = re.findall(r"class_path '?=?'?([\w.]+)'", before) or re.findall(r"class_path='([\w.]+)'", message)
-    after = re.findall(r"class_path='([\w.]+)'", message[len(before) :])
-    return str((after[:1] if "optim" in "".join(after[:1]) else found[-1:] or [""])[0])
+def _holds(content: Any, parts: list[str]) -> bool:
+    if isinstance(content, list):
+        return any(_holds(item, parts) for item in content)
+    if not parts:
+        return True
+    if not isinstance(content, dict):
+        return False
+    first, *rest = parts
+    return any(_holds(content[key], rest) for key in (first, f"{first}+") if key in content) or _holds(
+        content.get("init_args"), parts
+    )
+
+
+def _keys(parser: jsonargparse.ArgumentParser) -> list[str]:
+    options = [option for action in parser._actions for option in action.option_strings]
+    keys = [option.removeprefix("--") for option in options if option.startswith("--")]
+    return [*dict.fromkeys(key.partition(".")[0] for key in keys), *keys]
+
+
+def _nearest_key(wrong: str, keys: list[str], prefix: str = "") -> str:
+    """Return a suggestion for a key whose end, or beginning, may be missing.
+
+    >>> _nearest_key("--max_epoch", ["trainer.max_epochs", "trainer.max_steps"], "--")
+    "; did you mean '--trainer.max_epochs'?"
+    >>> _nearest_key("data.batchsize", ["data.batch_size", "data.seed"])
+    "; did you mean 'data.batch_size'?"
+    """
+    wrong = wrong.removeprefix("--")
+    parent, _, last = wrong.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
+    others = [key for key in [*_COMMON, *keys] if key not in siblings.values()]
+    ends = {key.rpartition(".")[2]: key for key in reversed(others)}
+    close = [ends[last]] if last in ends else []
+    close = close or [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]
+    close = close or difflib.get_close_matches(wrong, others, n=1, cutoff=0.8)
+    close = close or [key for name, key in ends.items() if last in name.split("_") and key in _COMMON]
+    if not parent:
+        close = close or [ends[name] for name in difflib.get_close_matches(last, ends, n=1)]
+    close = close or [key for name, key in (ends | siblings).items() if last in name.split("_")]
+    return f"; did you mean '{prefix}{close[0]}'?" if close else nearest(last, siblings)
 
 
 def _parameters(class_path: str) -> list[str]:
@@ -121,19 +266,32 @@ def _parameters(class_path: str) -> list[str]:
         )
     except (AttributeError, ImportError, ValueError, TypeError):
         return []
-    return list(parameters)
+    # an optimizer gets its parameters, a scheduler its optimizer, not from the config
+    given = ("params", "optimizer") if class_path.startswith("torch.optim.") else ()
+    return [name for name in parameters if name not in given]
 
 
 def _classes(key: str) -> Iterable[str]:
+    """Return the short names of the classes that ``key`` is likely to take."""
     last = key.rpartition(".")[2]
-    public = {name: getattr(lit_basics, name) for name in lit_basics.__all__}
-    bases: dict[str, type] = {
-        "model": pl.LightningModule,
-        "data": pl.LightningDataModule,
-        "callbacks": pl.Callback,
-    }
+    bases = {"model": pl.LightningModule, "data": pl.LightningDataModule, "callbacks": pl.Callback}
     if last in bases:
-        return [n for n, c in public.items() if isinstance(c, type) and issubclass(c, bases[last])]
-    module = torch.optim.lr_scheduler if "scheduler" in last else torch.optim
-    names = [n for n, c in vars(module).items() if isinstance(c, type) and not n.startswith("_")]
-    return names if "optimizer" in last or "scheduler" in last or last in ("matrices", "rest") else []
+        names = {**vars(pl.callbacks), **{name: getattr(lit_basics, name) for name in lit_basics.__all__}}
+        return [n for n, c in names.items() if isinstance(c, type) and issubclass(c, bases[last])]
+    homes: dict[str, list[ModuleType]] = {
+        "optimizer": [torch.optim],
+        "matrices": [torch.optim],
+        "rest": [torch.optim],
+        "lr_scheduler": [torch.optim.lr_scheduler],
+        "net": [nets, torch.nn],
+        "objective": [nets, torch.nn],
+        "criterion": [torch.nn],
+        "logger": [pl.loggers],
+    }
+    return [name for module in homes.get(last, []) for name in _classes_of(module.__name__)]
+
+
+def _classes_of(module: str) -> list[str]:
+    """Return the names of the public classes in a module."""
+    content = importlib.import_module(module)
+    return [name for name in dir(content) if name[0] != "_" and isinstance(getattr(content, name), type)]

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import nets
@@ -84,9 +84,7 @@ class LitSupervised(pl.LightningModule):
         metrics = metrics or {}
         self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
         self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
-        for collection in (self.val_metrics, self.test_metrics):
-            # float64 sums: the same mean on any number of ranks; "disable": a NaN loss is shown, not dropped
-            collection["loss"] = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.val_metrics["loss"], self.test_metrics["loss"] = MeanLoss(), MeanLoss()
 
     # what to override
 
@@ -114,7 +112,7 @@ class LitSupervised(pl.LightningModule):
             raise UserError(f"the optimizer cannot train {type(self.net).__name__}: {error}") from error
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = {"scheduler": self._lr_scheduler(optimizer)}
+        scheduler: dict[str, Any] = {"scheduler": self._lr_scheduler(optimizer)}
         if self.automatic_optimization:  # in manual optimization Lightning ignores these, with a warning
             scheduler |= {"interval": self._lr_interval, "monitor": self._lr_monitor}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
@@ -284,7 +282,7 @@ class LitSupervised(pl.LightningModule):
         predictions = self(x)
         for name, metric in _metrics(metrics):
             if name == "loss":
-                metric.update(self.criterion(predictions, y), weight=len(y))
+                metric.update(self.criterion(predictions, y), len(y))
             else:
                 metric.update(predictions, y)
 
@@ -474,6 +472,32 @@ class LitObjective(LitSupervised):
     def val_dataloader(self) -> list[int]:
         """Return nothing to validate on."""
         return []
+
+
+class MeanLoss(Metric):
+    """The mean loss of all samples, from the mean of each batch and its size; on all ranks together.
+
+    Not torchmetrics' MeanMetric: it drops a NaN, or (``nan_strategy="disable"``, torchmetrics 1.9) the weights.
+    """
+
+    total: Tensor
+    count: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # float64: the same mean however the samples are shared out
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, size: int) -> None:
+        """Add a batch of ``size`` samples with mean ``loss``."""
+        self.total += loss.detach().double() * size
+        self.count += size
+
+    def compute(self) -> Tensor:
+        """Return the mean over the samples, a float64 scalar."""
+        return self.total / self.count
 
 
 def _metrics(modules: nn.ModuleDict) -> list[tuple[str, Metric]]:

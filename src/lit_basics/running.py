@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -70,14 +71,25 @@ def fit(command: str, args: list[str]) -> None:
     """Train: everything that the run writes goes into its directory."""
     config = Config(args)
     directory = new_run_directory(config.config.run_dir, run_name(config, args))
-    config.prepare_loggers(directory)
-    config.build()
-    trainer = make_trainer(config, directory)
-    if trainer.is_global_zero:
-        _write_config(config, directory)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(config.to_dict())
-    trainer.fit(config.model, datamodule=config.datamodule, ckpt_path=config.config.ckpt_path)
+    trainer = None
+    try:
+        config.prepare_loggers(directory)
+        config.build()
+        trainer = make_trainer(config, directory)
+        trainer.fit(config.model, datamodule=config.datamodule, ckpt_path=config.config.ckpt_path)
+    except SystemExit as error:  # Lightning's way to leave after Ctrl-C
+        if trainer is None or not trainer.interrupted:
+            raise
+        print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
+        raise KeyboardInterrupt from error
+    except Exception:
+        if trainer is None or not trainer.global_step:
+            _remove_traces(directory)
+        raise
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()  # or the next run of this process would go on in this one
     if trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
@@ -147,12 +159,22 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
         if config.config.last_checkpoint:
             callbacks.append(LastCheckpoint(checkpoints))
         arguments["enable_checkpointing"] = config.config.best_checkpoint or config.config.last_checkpoint
-    callbacks.append(_FlushOnException())
+    callbacks.append(_RunFiles(config, directory))
     return pl.Trainer(**arguments)
 
 
-class _FlushOnException(pl.Callback):
-    """Writes the last rows of a run that fails."""
+class _RunFiles(pl.Callback):
+    """Writes the configuration when training starts, and the last rows when it fails."""
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        self.config, self.directory = config, directory
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            with replace_file(self.directory / "config.yaml") as file:
+                file.write(self.config.to_yaml().encode())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.to_dict())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
@@ -213,9 +235,17 @@ def new_run_directory(chosen: str | None, name: str) -> Path:
     return directory
 
 
-def _write_config(config: Config, directory: Path) -> None:
-    with replace_file(directory / "config.yaml") as file:
-        file.write(config.to_yaml().encode())
+def _remove_traces(directory: Path) -> None:
+    """Remove what a run that made no step has left, so that the same command can be given again."""
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return
+    for name in ("config.yaml", "metrics.csv"):
+        (directory / name).unlink(missing_ok=True)
+    for folder in (directory, *directory.parents[:2]):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or not ours
+            break
 
 
 def _option(args: list[str], name: str) -> str | None:

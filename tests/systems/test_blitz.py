@@ -36,9 +36,7 @@ class Net(nn.Module):
 
 def tutorial(path, initial, size):
     """The tutorial's loop: the losses and the weights after every step."""
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
-    )
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
     with np.load(path) as file:
         images, labels = file["x_train"], file["y_train"]
     net = Net()

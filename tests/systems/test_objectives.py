@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_same_steps, copied, fit, metrics, train
 
-from lit_basics import LitObjective, Powers, Quadratic, Square
+from lit_basics import LitObjective, Quadratic, Square
 
 
 def test_quadratic_shows_its_gradient_in_metrics_csv():

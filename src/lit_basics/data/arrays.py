@@ -178,6 +178,8 @@ class ArrayDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the arrays, split off the validation images and move all to the accelerator if they fit."""
+        if not self.val_size and self.trainer:
+            self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
         if self._arrays is not None:
             return
         arrays = self.load()
@@ -189,8 +191,6 @@ class ArrayDataModule(pl.LightningDataModule):
         for name, value in (("crop", self.crop), ("cutout", self.cutout)):
             if value >= side:
                 raise UserError(f"{name} is {value}; it must be less than the images' {side} pixels")
-        if not val and self.trainer:
-            self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
         # sorted: the split is random, the order within it is not its business
         shuffled = torch.randperm(size, generator=generator(self.seed, 0, 1)) if val else torch.arange(size)
         self._val, self._train = shuffled[:val].sort().values, shuffled[val:].sort().values

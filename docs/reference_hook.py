@@ -1,0 +1,31 @@
+"""Fills the reference page with every public name of the package, so that none is forgotten."""
+
+from typing import Any
+
+import lit_basics
+
+MARKER = "<!-- every public name -->"
+ROOMS = {
+    "modules": "Modules",
+    "nets": "Nets",
+    "data": "Data",
+    "callbacks": "Callbacks and checkpoints",
+    "loggers": "Loggers",
+    "optim": "Optimizers",
+    "errors": "Errors",
+}
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Replace the marker by one mkdocstrings directive a name, room by room."""
+    return markdown.replace(MARKER, directives()) if MARKER in markdown else markdown
+
+
+def directives() -> str:
+    """Return the Markdown of the reference."""
+    rooms: dict[str, list[str]] = {room: [] for room in ROOMS}
+    for name in lit_basics.__all__:
+        module = getattr(lit_basics, name).__module__
+        room = module.split(".")[1]
+        rooms.setdefault(room, []).append(f"::: {module}.{name}\n")
+    return "\n".join(f"## {ROOMS.get(room, room)}\n\n" + "\n".join(names) for room, names in rooms.items() if names)

@@ -1,0 +1,140 @@
+"""BestLossCheckpoint and LastCheckpoint; the tutorial's mistakes are tested with system E."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import fit, metrics
+from torch import nn
+
+from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, SyntheticCIFAR10
+from lit_basics.callbacks import last
+
+
+def trainer(*callbacks, **settings):
+    return pl.Trainer(
+        **{"max_epochs": 2, **settings},
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def data(**options):
+    return SyntheticCIFAR10(64, 16, batch_size=16, **options)
+
+
+def test_validation_loss_is_monitored_where_there_is_validation(tmp_path):
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
+    assert best.monitor == "val/loss"
+    assert best.best_model_score.item() <= fitted.callback_metrics["val/loss"].item()
+
+
+@pytest.mark.parametrize("how", [{"val_size": 0}, {"limit": 0}])
+def test_training_loss_is_monitored_where_there_is_none(tmp_path, how):
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best, limit_val_batches=how.get("limit", 1.0))
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=how.get("val_size", 16)))
+    assert best.monitor == "train/loss"
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_in_a_foreign_project_it_saves_the_module(tmp_path):
+    class Foreign(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            loss = self.layer(batch).pow(2).mean()
+            self.log("loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.ones(12, 2), batch_size=4)
+
+    best = BestLossCheckpoint(str(tmp_path), monitor="loss")
+    module = Foreign()
+    trainer(best).fit(module)
+    bare = nn.ModuleDict({"layer": nn.Linear(2, 1)})
+    bare.load_state_dict(torch.load(tmp_path / "best.pth", weights_only=True))
+    assert torch.equal(bare["layer"].weight, module.layer.weight)
+
+
+def test_the_record_goes_on_in_another_directory(tmp_path):
+    first = BestLossCheckpoint(str(tmp_path / "first"))
+    fitted = trainer(first, max_epochs=4)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
+    fitted.save_checkpoint(tmp_path / "end.ckpt")
+    second = BestLossCheckpoint(str(tmp_path / "second"))
+    continued = trainer(second, max_epochs=5)
+    continued.fit(LitBlitzNet(), datamodule=data(val_size=16), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert second.best_model_score <= first.best_model_score
+
+
+def test_checkpoints_load_safely_and_name_no_class(tmp_path):
+    best = BestLossCheckpoint(str(tmp_path))
+    model = LitBlitzNet(num_classes=10, optimizer=lambda p: torch.optim.Adam(p), lr_interval="step")
+    trainer(best, max_epochs=1).fit(model, datamodule=data())
+    checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"] == {"num_classes": 10, "lr_interval": "step"}
+    assert "_instantiator" not in json.dumps(checkpoint["hyper_parameters"])
+    reloaded = LitBlitzNet.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+    for name, value in reloaded.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][name])
+
+
+class Wide(LitClassifier):
+    """A user's subclass with an argument of its own that its base has too, with another value."""
+
+    def __init__(self, width=8, num_classes=10, **kwargs):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, num_classes))
+        super().__init__(net=net, num_classes=num_classes, **kwargs)
+
+
+class Wider(Wide):
+    def __init__(self, factor, **kwargs):
+        super().__init__(width=8 * factor, **kwargs)
+
+
+def test_a_subclass_reloads_with_its_own_arguments(tmp_path):
+    model = Wider(2, automatic_optimization=False)
+    assert dict(model.hparams) == {"factor": 2, "automatic_optimization": False}
+    trainer(BestLossCheckpoint(str(tmp_path)), max_epochs=1).fit(model, datamodule=data())
+    reloaded = Wider.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+    assert reloaded.net[1].out_features == 16
+    assert reloaded.automatic_optimization is False
+
+
+def test_last_is_the_newest_state_whatever_the_metric(tmp_path, monkeypatch):
+    # Lightning's save_last with a monitor would stay at the epoch of the lowest loss
+    monkeypatch.setattr(last, "MIN_SECONDS", 0.0)
+    run = fit(
+        *("--config", "quickstart", "--data.train_images", "200", "--trainer.max_epochs", "3"),
+        *("--model.optimizer.lr", "1e4"),  # the loss only rises
+    )
+    newest = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    steps = max(metrics(run))
+    assert newest["global_step"] == steps
+    assert best["global_step"] < steps
+
+
+def test_short_epochs_do_not_each_write_a_file(tmp_path):
+    saves = []
+    run = tmp_path / "run"
+    callback = last.LastCheckpoint(str(run))
+    fitted = trainer(callback, max_epochs=20)
+    save, fitted.save_checkpoint = fitted.save_checkpoint, lambda path: (saves.append(path), save(path))
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=0))
+    assert len(saves) == 2  # the first epoch's and the last state
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 80

@@ -1,0 +1,126 @@
+"""GradientMonitor in any Lightning project."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+
+from lit_basics import GradientMonitor, UserError
+from lit_basics.callbacks.gradients import gradient_norms
+
+
+class Rows(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.table = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.table.setdefault(step, {}).update(metrics)
+
+
+class Foreign(pl.LightningModule):
+    """Somebody's module, with two parts, one of which gets no gradient at first."""
+
+    def __init__(self, manual=False, optimizers=1):
+        super().__init__()
+        self.backbone, self.head, self.late = nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+        self.automatic_optimization = not manual
+        self.optimizer_count = optimizers
+        self.norms = []
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.backbone(batch)
+        out = self.head(hidden) + (self.late(hidden) if batch_idx > 2 else 0)
+        loss = (out**2).mean()
+        if not self.automatic_optimization:
+            optimizers = self.optimizers()
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.keep_norms()
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+            return None
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.automatic_optimization:
+            self.keep_norms()
+
+    def keep_norms(self):
+        self.norms.append({n: p.grad.norm().item() for n, p in self.named_parameters() if p.grad is not None})
+
+    def configure_optimizers(self):
+        groups = [[*self.backbone.parameters(), *self.late.parameters()], list(self.head.parameters())]
+        if self.optimizer_count == 1:
+            return torch.optim.SGD([p for group in groups for p in group], lr=0.1)
+        return [torch.optim.SGD(group, lr=0.1) for group in groups]
+
+    def train_dataloader(self):
+        draws = torch.Generator().manual_seed(0)
+        return torch.utils.data.DataLoader(torch.randn(40, 4, generator=draws), batch_size=8)
+
+
+def fit(module, *callbacks, **settings):
+    rows = Rows()
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=rows,
+        log_every_n_steps=1,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(module)
+    return rows.table
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("manual", "settings"), [(False, {}), (False, {"gradient_clip_val": 1e-3}), (True, {})])
+def test_a_foreign_module_gets_its_unclipped_norms(manual, settings):
+    module = Foreign(manual)
+    table = fit(module, GradientMonitor(), **settings)
+    assert list(table) == list(range(1, 11))
+    for step, norms in enumerate(module.norms, start=1):
+        row = {k.removeprefix("grad/norm/"): v for k, v in table[step].items() if k.startswith("grad/norm/")}
+        assert row == pytest.approx(norms)  # by name, and only where there is a gradient
+        assert table[step]["grad/norm"] == pytest.approx(sum(n**2 for n in norms.values()) ** 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_two_optimizers_each_show_their_own_parameters():
+    table = fit(Foreign(manual=True, optimizers=2), GradientMonitor())
+    assert set(table[1]) == {"grad/norm", "grad/norm/backbone.weight", "grad/norm/backbone.bias"}
+    assert set(table[2]) == {"grad/norm", "grad/norm/head.weight", "grad/norm/head.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_every_n_steps():
+    assert list(fit(Foreign(), GradientMonitor(every_n_steps=3))) == [3, 6, 9]
+    with pytest.raises(UserError, match="every_n_steps is 0"):
+        GradientMonitor(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_weights_are_the_same_with_and_without_it():
+    weights = []
+    for callbacks in ([], [GradientMonitor()]):
+        torch.manual_seed(0)
+        module = Foreign()
+        fit(module, *callbacks)
+        weights.append(torch.cat([p.flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_norms_of_sparse_and_half_precision_gradients():
+    table = nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1, 1, 3])).sum().backward()
+    half = torch.full((1000,), 200.0, dtype=torch.float16)  # its squares are beyond float16
+    norms = gradient_norms([table.weight.grad, half])
+    assert norms.tolist() == pytest.approx([(10 + 4e7) ** 0.5, 10**0.5, 4e7**0.5])
+    assert norms.dtype == torch.float32
+    assert gradient_norms([half.double()]).dtype == torch.float64

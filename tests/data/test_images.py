@@ -1,0 +1,104 @@
+"""Normalisation equal to torchvision's, and augmentation per image."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from lit_basics import UserError
+from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
+
+IMAGES = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0.5] * 3, [0.5] * 3), ([0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]), ([0.0], [1.0])]
+)
+def test_normalized_values_equal_torchvisions_bit_for_bit(mean, std):
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    expected = [theirs(Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0)))) for image in IMAGES]
+    assert torch.equal(Normalize(mean, std, 3)(IMAGES), torch.stack(expected))
+
+
+def test_every_grey_level_equals_torchvisions():
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    theirs = transforms.Normalize([0.3], [0.7])(transforms.ToTensor()(Image.fromarray(grey[0, 0].numpy())))
+    assert torch.equal(Normalize([0.3], [0.7], 1)(grey)[0], theirs)
+
+
+def test_shift_and_flip_equals_pad_crop_and_mirror():
+    pad = 4
+    draws = torch.Generator().manual_seed(1)
+    dy, dx = (torch.randint(-pad, pad + 1, (16,), generator=draws) for _ in range(2))
+    flip = torch.rand(16, generator=draws) < 0.5
+    padded = torch.nn.functional.pad(IMAGES.float(), (pad,) * 4, mode="reflect").byte()
+    for i, image in enumerate(shift_and_flip(IMAGES, dy, dx, flip)):
+        y, x = pad + dy[i], pad + dx[i]
+        crop = padded[i][:, y : y + 32, x : x + 32]
+        expected = crop.flip(2) if flip[i] else crop
+        assert torch.equal(image, expected)
+
+
+def test_cut_out_zeroes_one_square():
+    ones = torch.ones(2, 3, 8, 8)
+    result = cut_out(ones, torch.tensor([0, 5]), torch.tensor([2, 4]), 3)
+    expected = torch.ones(2, 3, 8, 8)
+    expected[0, :, 0:3, 2:5] = 0
+    expected[1, :, 5:8, 4:7] = 0
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.RandomHorizontalFlip(),
+        v2.RandomCrop(28),
+        v2.ColorJitter(0.5),
+        v2.RandAugment(),
+        v2.GaussianBlur(3),
+        v2.Compose([v2.Resize(28), v2.RandomErasing()]),
+        v2.RandomApply([v2.Resize(28)]),
+        v2.RandomChoice([v2.Resize(28), v2.Resize(30)]),
+        transforms.RandomCrop(28),
+        transforms.ColorJitter(0.5),
+    ],
+)
+def test_transforms_that_draw_are_known(transform):
+    assert is_random(transform)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.Resize(28),
+        v2.CenterCrop(28),
+        v2.Pad(2),
+        v2.Grayscale(3),
+        v2.Normalize([0.5], [0.5]),
+        v2.ToDtype(torch.float32),
+        v2.Identity(),
+        v2.Compose([v2.Resize(28), v2.Pad(2)]),
+        transforms.CenterCrop(28),
+        lambda images: images,
+    ],
+)
+def test_transforms_that_do_not_draw_are_known(transform):
+    assert not is_random(transform)
+
+
+def test_per_image_draws_for_each_image():
+    torch.manual_seed(0)
+    same = IMAGES[:1].expand(32, -1, -1, -1)
+    once = v2.RandomHorizontalFlip()(same)
+    each = per_image(v2.RandomHorizontalFlip())(same)
+    assert len({tuple(image.flatten().tolist()) for image in once}) == 1
+    assert len({tuple(image.flatten().tolist()) for image in each}) == 2
+
+
+def test_wrong_statistics_are_refused():
+    with pytest.raises(UserError, match="2 values, but the images have 3"):
+        Normalize([0.5, 0.5], [1.0], 3)
+    with pytest.raises(UserError, match="positive"):
+        Normalize([0.5], [0.0], 3)

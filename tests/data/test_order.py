@@ -1,0 +1,92 @@
+"""Every sample once an epoch, at any world size, and the same order after a resume."""
+
+import pytest
+import torch
+
+from lit_basics import EpochOrder
+
+
+def epoch(order):
+    return [index.tolist() for _, index in order]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [64, 65, 67])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_training_ranks_share_each_global_batch(size, world_size, drop_last):
+    whole = EpochOrder(size, 8, shuffle=True, seed=3, drop_last=drop_last)
+    ranks = [
+        EpochOrder(size, 8, shuffle=True, seed=3, drop_last=drop_last, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
+    batches = epoch(whole)
+    shares = [epoch(rank) for rank in ranks]
+    assert len({len(share) for share in shares}) == 1
+    for number, share in enumerate(zip(*shares, strict=True)):
+        together = [i for part in share for i in part]
+        assert len({len(part) for part in share}) == 1
+        assert together == batches[number][: len(together)]
+    seen = [i for batch in batches for i in batch]
+    assert len(seen) == len(set(seen)) == (size // 8 * 8 if drop_last else size)
+
+
+@pytest.mark.parametrize("size", [64, 65, 67])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_every_sample_once(size, world_size):
+    ranks = [EpochOrder(size, 6, shuffle=False, rank=r, world_size=world_size) for r in range(world_size)]
+    seen = sorted(i for rank in ranks for batch in epoch(rank) for i in batch)
+    assert seen == list(range(size))
+    assert all(len(rank) == len(epoch(rank)) for rank in ranks)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = EpochOrder(50, 7, shuffle=True, seed=1)
+    epochs = []
+    for number in range(3):
+        order.set_epoch(number)
+        epochs.append(epoch(order))
+    assert epochs[0] != epochs[1] != epochs[2]
+    order.set_epoch(1)
+    assert epoch(order) == epochs[1]
+    assert epoch(EpochOrder(50, 7, shuffle=True, seed=2)) != epochs[0]
+
+
+def test_without_set_epoch_each_iteration_begins_the_next_epoch():
+    order, other = (EpochOrder(50, 7, shuffle=True) for _ in range(2))
+    for number in range(3):
+        other.set_epoch(number)
+        assert epoch(order) == epoch(other)
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_resumes_after_any_batch(stop):
+    whole = EpochOrder(50, 7, shuffle=True)
+    batches = epoch(whole) + epoch(whole)
+    order = EpochOrder(50, 7, shuffle=True)
+    iterator = iter(order)
+    seen = [next(iterator)[1].tolist() for _ in range(min(stop, 8))]
+    if stop > 8:
+        iterator = iter(order)
+        seen += [next(iterator)[1].tolist()]
+    resumed = EpochOrder(50, 7, shuffle=True)
+    resumed.load_state_dict(order.state_dict())
+    seen += epoch(resumed)
+    seen += epoch(resumed)
+    assert seen[: len(batches)] == batches
+
+
+def test_an_epoch_that_was_cut_short_is_not_continued():
+    order = EpochOrder(50, 7, shuffle=True)
+    next(iter(order))
+    state = order.state_dict()
+    resumed = EpochOrder(50, 7, shuffle=True)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(1)  # Lightning went on to the next epoch, by limit_train_batches
+    fresh = EpochOrder(50, 7, shuffle=True)
+    fresh.set_epoch(1)
+    assert epoch(resumed) == epoch(fresh)
+
+
+def test_indices_are_int64():
+    for _, index in EpochOrder(5, 2, shuffle=True):
+        assert index.dtype == torch.int64

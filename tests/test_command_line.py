@@ -1,0 +1,188 @@
+"""The command line: the run directory, the other subcommands, the recipes, the exit codes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import assert_equal, fit, metrics
+
+from lit_basics import nets
+from lit_basics.cli import main
+
+SMALL = (
+    *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
+    *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
+)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_run_directory_holds_what_is_promised(tmp_path, capsys):
+    run = fit(*SMALL)
+    assert files(run) == ["best.pth", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"]
+    assert files(tmp_path) == [f"run/{name}" for name in files(run)]  # nothing anywhere else
+    printed = capsys.readouterr().out
+    assert "run directory: run\n" in printed
+    assert "best checkpoint: " in printed
+    assert "checkpoints/best.ckpt" in printed
+
+
+def test_metric_keys(tmp_path):
+    keys = set().union(*metrics(fit(*SMALL, "--trainer.log_every_n_steps", "1")).values())
+    parameters = {f"grad/norm/{name}" for name, _ in nets.LeNet5().named_parameters()}
+    assert keys == {"train/loss", "train/loss_epoch", "val/loss", "val/acc", "lr", "grad/norm"} | parameters
+
+
+def test_the_same_command_five_times_loses_nothing(tmp_path):
+    for _ in range(5):
+        assert main(["fit", *SMALL]) == 0
+    runs = list((tmp_path / "runs" / "quickstart").iterdir())
+    assert len(runs) == 5
+    assert all(len(files(run)) == 5 for run in runs)
+
+
+def test_the_same_command_gives_the_same_weights(tmp_path):
+    states = [torch.load(fit(*SMALL, run_dir=name) / "best.pth", weights_only=True) for name in ("a", "b")]
+    assert_equal(*states)
+    other = torch.load(fit(*SMALL, "--seed_everything", "1", run_dir="c") / "best.pth", weights_only=True)
+    assert not torch.equal(other["c1.weight"], states[0]["c1.weight"])
+
+
+def test_config_yaml_is_a_config_for_every_subcommand(tmp_path, capsys):
+    run = fit(*SMALL, "--model.optimizer", "AdamW", run_dir="first")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert "run_dir" not in config
+    assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    again = fit("--config", str(run / "config.yaml"), run_dir="again")
+    assert_equal(torch.load(run / "best.pth", weights_only=True), torch.load(again / "best.pth", weights_only=True))
+    assert (again / "config.yaml").read_text() == (run / "config.yaml").read_text()
+    for command in ("validate", "test", "predict"):
+        words = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "best.ckpt")]
+        assert main([command, *words]) == 0
+
+
+def test_a_new_optimizer_starts_from_its_own_defaults(tmp_path):
+    # jsonargparse would keep SGD's weight_decay of 0; what the recipe writes (lr, momentum) stays
+    run = fit(*SMALL, "--model.optimizer", "AdamW")
+    arguments = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["optimizer"]["init_args"]
+    assert arguments["weight_decay"] == 0.01
+    assert arguments["lr"] == 0.03
+
+
+def test_overlays_append_callbacks_and_typed_values_win(tmp_path):
+    overlay = tmp_path / "more.yaml"
+    overlay.write_text("trainer:\n  max_epochs: 7\n  callbacks+:\n    - class_path: LossReport\n")
+    run = fit(*SMALL[:2], "--config", str(overlay), *SMALL[2:])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    kinds = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert kinds == ["lit_basics.GradientMonitor", "lit_basics.LossReport"]
+    assert config["trainer"]["max_epochs"] == 1
+
+
+def test_no_recipe_is_needed_where_model_and_data_are_named(tmp_path):
+    words = ["--model", "LitBlitzNet", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
+    assert main(["fit", *words, "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]) == 0
+    (run,) = (tmp_path / "runs" / "LitBlitzNet").iterdir()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["momentum"] == 0.9
+    assert config["seed_everything"] == 0
+
+
+def test_what_every_run_gets_can_be_switched_off(tmp_path):
+    off = ["--metrics_csv", "false", "--best_checkpoint", "false", "--last_checkpoint", "false"]
+    assert files(fit(*SMALL, *off, run_dir="off")) == ["config.yaml"]
+    no_checkpoints = fit(*SMALL, "--trainer.enable_checkpointing", "false", run_dir="none")
+    assert files(no_checkpoints) == ["config.yaml", "metrics.csv"]
+
+
+def test_test_validate_and_predict_take_a_run(tmp_path, capsys):
+    run = fit(*SMALL)
+    before = {name: (run / name).read_bytes() for name in files(run)}
+    capsys.readouterr()
+    assert main(["test", "--run_dir", "run"]) == 0
+    tested = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert main(["validate", "--run_dir", "run", "--ckpt_path", "last"]) == 0
+    validated = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(validated["val/loss"]) == pytest.approx(metrics(run)[3]["val/loss"], rel=1e-5)
+    assert main(["predict", "--run_dir", "run"]) == 0
+    with np.load(run / "predictions.npz") as file:
+        assert file["outputs"].shape == (60, 10)
+        classes = file["classes"]
+    from lit_basics import SyntheticCIFAR10
+
+    labels = SyntheticCIFAR10(200, 60).load().y_test.numpy()
+    assert float(tested["test/acc"]) == pytest.approx((classes == labels).mean(), rel=1e-5)
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_the_best_weights_load_in_bare_torch(tmp_path):
+    run = fit(*SMALL)
+    code = (
+        "import sys, torch\n"
+        "from lit_basics.nets import LeNet5\n"
+        "LeNet5().load_state_dict(torch.load('run/best.pth', weights_only=True))\n"
+        "assert not any('lightning' in name for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=run.resolve().parent)
+
+
+def test_recipes_lists_and_prints(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert "quickstart" in listed
+    assert "ddp" in listed
+    assert main(["recipes", "quickstart"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "LitLeNet5"
+
+
+@pytest.mark.parametrize("words", [["--help"], [], ["--version"]])
+def test_help_is_short_and_version_is_one_line(words, capsys):
+    assert main(words) == 0
+    assert 0 < len(capsys.readouterr().out.splitlines()) < 40
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "lit_basics"]
+    done = subprocess.run([*command, "fit", *SMALL], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    wrong = subprocess.run([*command, "fti"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "lit_basics: there is no command 'fti'; did you mean 'fit'?\n"
+
+
+def test_python_m_sees_the_working_directory(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lit_basics import LitClassifier\nfrom torch import nn\n\n\n"
+        "class Mine(LitClassifier):\n"
+        "    def __init__(self, **kwargs):\n"
+        "        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **kwargs)\n"
+    )
+    words = ["fit", "--model", "mine.Mine", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
+    short = ["--trainer.max_epochs", "1", "--run_dir", "mine_run"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-m", "lit_basics", *words, *short], check=True, env=environment)
+    assert (tmp_path / "mine_run" / "best.pth").is_file()
+
+
+def test_a_failing_run_keeps_its_rows_and_its_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "from lit_basics import LitBlitzNet\n\n\n"
+        "class Broken(LitBlitzNet):\n"
+        "    def compute_loss(self, batch, batch_idx):\n"
+        "        if batch_idx == 2:\n"
+        "            raise RuntimeError('a bug of the user')\n"
+        "        return super().compute_loss(batch, batch_idx)\n"
+    )
+    words = ["--model", "broken.Broken", "--data", "SyntheticCIFAR10", "--trainer.log_every_n_steps", "1"]
+    command = [sys.executable, "-m", "lit_basics", "fit", *words, "--run_dir", "run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a bug of the user" in done.stderr
+    assert "Traceback" in done.stderr
+    assert list(metrics("run")) == [1, 2]

@@ -1,0 +1,126 @@
+"""Two and three processes on the CPU, with gloo: gradients, validation, loggers, launchers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import metrics, write_npz
+
+FIT = [sys.executable, "-m", "lit_basics", "fit"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def words(path, run_dir, *more):
+    return [
+        *("--config", "lenet5", "--data", "NpzDataModule", "--data.path", path, "--data.batch_size", "12"),
+        *("--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"),
+        *("--trainer.enable_progress_bar", "false", "--run_dir", str(run_dir), *more),
+    ]
+
+
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def final_weights(run_dir):
+    checkpoint = torch.load(Path(run_dir) / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["state_dict"]
+
+
+@pytest.mark.parametrize("mode", ["automatic", "manual"])
+def test_two_ranks_give_one_ranks_gradients(mode, tmp_path):
+    path = write_npz(tmp_path / "images.npz", train=120)
+    more = ["--data.val_size", "12", "--data.flip", "true", "--data.crop", "2"]
+    more += ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.2"]
+    if mode == "manual":
+        more += ["--model.automatic_optimization", "false"]
+    run([*FIT, *words(path, tmp_path / "one", *more)])
+    run([*FIT, *words(path, tmp_path / "two", *more, "--config", "ddp")])
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert list(one) == list(two)
+    for step in one:
+        assert one[step].keys() == two[step].keys()
+        for key in one[step]:
+            # float32 sums in another order
+            assert two[step][key] == pytest.approx(one[step][key], abs=1e-6, rel=1e-5), (step, key)
+    for name, value in final_weights(tmp_path / "one").items():
+        assert torch.allclose(final_weights(tmp_path / "two")[name], value, rtol=0, atol=1e-6), name
+
+
+def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
+    path = write_npz(tmp_path / "images.npz", train=60)
+    run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun"), "--config", "ddp"])
+    for name, value in final_weights(tmp_path / "launcher").items():
+        assert torch.equal(final_weights(tmp_path / "torchrun")[name], value), name
+    assert metrics(tmp_path / "launcher") == metrics(tmp_path / "torchrun")
+
+
+VALIDATE = """
+import sys, json, torch, lightning.pytorch as pl
+from lit_basics import LitLeNet5, SyntheticCIFAR10
+
+class Counted(LitLeNet5):
+    def validation_step(self, batch, batch_idx):
+        self.seen = getattr(self, "seen", 0) + len(batch[1])
+        super().validation_step(batch, batch_idx)
+
+ranks = int(sys.argv[1])
+for n in (64, 65, 67):
+    torch.manual_seed(0)
+    model = Counted()
+    trainer = pl.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=n), verbose=False)
+    seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
+    if trainer.is_global_zero:
+        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        print("RESULT", json.dumps([n, int(seen), values]))
+"""
+
+
+def test_validation_counts_every_image_once_at_any_world_size(tmp_path):
+    import json
+
+    script = tmp_path / "validate.py"
+    script.write_text(VALIDATE)
+    results = {}
+    for ranks in (1, 2, 3):
+        done = run([sys.executable, "-W", "ignore", str(script), str(ranks)])
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        results[ranks] = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    assert [n for n, _, _ in results[1]] == [64, 65, 67]
+    for ranks, rows in results.items():
+        for (n, seen, values), (_, _, expected) in zip(rows, results[1], strict=True):
+            assert seen == n, ranks
+            assert values == pytest.approx(expected, abs=1e-6), ranks
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    path = write_npz(tmp_path / "images.npz", train=60)
+    done = subprocess.run(
+        [*FIT, *words(path, tmp_path / "run", "--data.batch_size", "13"), "--config", "ddp"],
+        capture_output=True,
+        text=True,
+        env=ONE_THREAD,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "batch_size is 13; it must divide by the 2 processes" in done.stderr
+
+
+def test_only_rank_0_writes(tmp_path):
+    path = write_npz(tmp_path / "images.npz", train=60)
+    done = run([*FIT, *words(path, tmp_path / "run"), "--config", "ddp"])
+    assert done.stdout.count("run directory: ") == 1
+    with np.load(path):
+        pass
+    names = sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and p.name != "images.npz")
+    assert names == ["best.ckpt", "best.pth", "config.yaml", "last.ckpt", "metrics.csv"]

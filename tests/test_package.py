@@ -1,0 +1,97 @@
+"""What importing costs and needs, and what the wheel holds."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lit_basics
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_importing_the_package_does_not_import_torch():
+    done = run("import sys, lit_basics; print('torch' in sys.modules, 'lightning' in sys.modules)")
+    assert done.stdout == "False False\n", done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipes"]])
+def test_light_commands_do_not_import_torch(words):
+    code = f"import sys; from lit_basics.cli import main; main({words}); assert 'torch' not in sys.modules"
+    assert run(code).returncode == 0
+
+
+def test_every_public_name_imports_without_wandb_and_jsonargparse():
+    code = (
+        "import sys\n"
+        "for name in ('wandb', 'jsonargparse', 'tensorboard'):\n"
+        "    sys.modules[name] = None\n"
+        "import lit_basics\n"
+        "for name in lit_basics.__all__:\n"
+        "    getattr(lit_basics, name)\n"
+        "from lit_basics import *\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_says_that_it_needs_jsonargparse():
+    done = run(
+        "import sys; sys.modules['jsonargparse'] = None\n"
+        "from lit_basics.cli import main; sys.exit(main(['fit', '--config', 'linear']))"
+    )
+    assert done.returncode == 2
+    assert "pip install 'jsonargparse[signatures]'" in done.stderr
+
+
+def test_public_names_are_documented_and_spelled_right():
+    assert set(lit_basics.__all__) <= set(dir(lit_basics))
+    for name in lit_basics.__all__:
+        assert getattr(lit_basics, name).__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'LitLenet'"):
+        _ = lit_basics.LitLenet
+    assert lit_basics.__version__[0].isdigit()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip("building a wheel needs setuptools, which cannot be fetched here")
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_all_recipes(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = ROOT / "src"
+    expected = {str(p.relative_to(source)) for p in source.rglob("lit_basics/**/*") if p.suffix in (".py", ".yaml")}
+    assert expected <= names
+    assert "lit_basics/py.typed" in names
+
+
+def test_the_wheel_runs_quickstart_outside_the_checkout(wheel, tmp_path):
+    # an environment of its own that sees the installed dependencies, but not this checkout
+    environment = tmp_path / "environment"
+    venv.create(environment, system_site_packages=False, with_pip=False)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(dependencies))
+    words = ["--config", "quickstart", "--data.train_images", "200", "--trainer.max_epochs", "1"]
+    command = [environment / "bin" / "python", "-m", "lit_basics", "fit", *words, "--run_dir", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    where = [environment / "bin" / "python", "-c", "import lit_basics; print(lit_basics.__file__)"]
+    assert str(packages) in subprocess.run(where, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert (tmp_path / "run" / "best.pth").is_file()
