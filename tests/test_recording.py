@@ -96,8 +96,10 @@ def test_state_continues_the_means(trainer, rows):
     recorder = recorder_of(trainer)
     recorder.put(1, "x", 1.0)
     other = StepRecorder(trainer)
-    other.load_state_dict(recorder.state_dict())
-    other.put(2, "x", 4.0)
+    recorder.flush()
+    recorder.put(2, "x", 3.0, part=0)  # one of two micro-batches
+    other.load_state_dict(recorder.state_dict(), step=2, every=1)
+    other.put(2, "x", 5.0, part=1)
     assert other.epoch_means() == {"x": 2.5}
     other.start_epoch()
     assert other.epoch_means() == {}

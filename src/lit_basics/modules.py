@@ -81,6 +81,7 @@ class LitSupervised(pl.LightningModule):
         self._lr_interval = lr_interval
         self._lr_monitor = lr_monitor
         self._means_logged = False
+        self._resumed: dict[str, Any] | None = None
         metrics = metrics or {}
         self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
         self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
@@ -224,6 +225,37 @@ class LitSupervised(pl.LightningModule):
             batch_size=1,
             sync_dist=self.trainer.world_size > 1,
         )
+
+    # exact resume
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the epoch's means so far, and the gradients of a step that is being accumulated."""
+        if not self.trainer.training:
+            return
+        gradients = {}
+        if (
+            self.trainer.fit_loop.batch_idx + 1
+        ) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
+            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            # ranks have their own until the step; their mean makes the same step
+            gradients = {
+                name: self.trainer.strategy.reduce(g.clone(), reduce_op="mean") for name, g in gradients.items()
+            }
+        checkpoint["lit_basics"] = {"recorder": recorder_of(self.trainer).state_dict(), "gradients": gradients}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what :meth:`on_save_checkpoint` added until training starts."""
+        self._resumed = checkpoint.get("lit_basics")
+
+    def on_train_start(self) -> None:
+        """Restore it: Lightning has cleared the gradients before."""
+        if self._resumed is None:
+            return
+        state, self._resumed = self._resumed, None
+        recorder_of(self.trainer).load_state_dict(state["recorder"], self.trainer.global_step + 1, self._log_every())
+        for name, gradient in state["gradients"].items():
+            parameter = self.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
 
     def _log_every(self) -> int:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically

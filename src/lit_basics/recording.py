@@ -105,22 +105,32 @@ class StepRecorder:
         return bool(self._steps) and self._steps[-1] == step and self._columns.get(name, -1) in self._filled[-1]
 
     def flush_if_due(self) -> None:
-        """Flush once the rows are full or, in one process, once a second; call it after a finished step."""
+        """Flush the finished steps once the rows are full or, in one process, once a second."""
         # ranks flush together, because a flush averages over them: only the row count is the same on all
         slow = self._trainer.world_size == 1 and time.monotonic() - self._last_flush >= _SECONDS
         if slow or len(self._steps) >= ROWS:
-            self.flush()
+            self.flush_finished()
+
+    def flush_finished(self) -> None:
+        """Flush all steps but the one whose micro-batches are still being accumulated."""
+        unfinished = bool(self._steps) and self._steps[-1] > self._trainer.global_step
+        self._flush(len(self._steps) - unfinished)
 
     def flush(self) -> None:
-        """Move all rows to the host in one transfer, update the epoch's sums and write to the loggers."""
+        """Flush all rows, also that of an unfinished step."""
+        self._flush(len(self._steps))
+
+    def _flush(self, count: int) -> None:
+        """Move ``count`` rows to the host in one transfer, add them to the epoch's sums, write to the loggers."""
         self._last_flush = time.monotonic()
-        if not self._steps:
+        if not count:
             return
-        rows = self._buffer[: len(self._steps)]
+        rows = self._buffer[:count]
         if self._trainer.world_size > 1:
             rows = self._trainer.strategy.reduce(rows.clone(), reduce_op="mean")
-        written = zip(self._steps, rows.tolist(), self._filled, self._host, strict=True)
-        self._steps, self._filled, self._host = [], [], []
+        written = list(zip(self._steps[:count], rows.tolist(), self._filled, self._host, strict=False))
+        self._buffer[: len(self._steps) - count] = self._buffer[count : len(self._steps)].clone()
+        del self._steps[:count], self._filled[:count], self._host[:count]
         names = list(self._columns)
         for step, values, filled, host in written:
             metrics, every_value = {}, {}
@@ -158,13 +168,26 @@ class StepRecorder:
         self._sums = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch's sums; flushes first."""
-        self.flush()
-        return {"sums": dict(self._sums)}
+        """Return the epoch's sums and the row of a step that is being accumulated; flushes the others."""
+        self.flush_finished()
+        unfinished = {}
+        if self._steps:
+            names, values = list(self._columns), self._buffer[0].tolist()
+            unfinished = {names[column]: (values[column], *state) for column, state in self._filled[0].items()}
+        return {"sums": dict(self._sums), "unfinished": unfinished}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any], step: int, every: int) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Args:
+            state: The state.
+            step: The step of an unfinished row.
+            every: As in :meth:`put`.
+        """
         self._sums = {name: (float(total), int(n)) for name, (total, n) in state["sums"].items()}
+        for name, (value, count, part) in state["unfinished"].items():
+            self.put(step, name, value, every=every)
+            self._filled[self._row(step)][self._column(name, every)] = (count, part)
 
     def _row(self, step: int) -> int:
         if not self._steps or self._steps[-1] != step:

@@ -66,7 +66,7 @@ class GradientMonitor(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Flush, so that the rows of earlier steps come before the validation's."""
-        recorder_of(trainer).flush()
+        recorder_of(trainer).flush_finished()
 
 
 def gradient_norms(grads: list[Tensor]) -> Tensor:

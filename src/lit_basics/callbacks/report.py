@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from lit_basics.errors import UserError
-from lit_basics.recording import recorder_of
+from lit_basics.recording import StepRecorder, recorder_of
 
 
 class LossReport(pl.Callback):
@@ -34,10 +34,12 @@ class LossReport(pl.Callback):
         self.key = f"train/loss_{reduction}_{every_n_steps or 'epoch'}"
         self._losses: list[float] = []
         self._first_step = 0
+        self._recorder: StepRecorder | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the rows of the recorder."""
-        recorder_of(trainer).listeners["loss report " + self.key] = lambda step, row: self._add(trainer, step, row)
+        self._recorder = recorder_of(trainer)
+        self._recorder.listeners["loss report " + self.key] = lambda step, row: self._add(trainer, step, row)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new report."""
@@ -51,6 +53,8 @@ class LossReport(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses of the report under way."""
+        if self._recorder is not None:
+            self._recorder.flush_finished()
         return {"losses": list(self._losses), "first_step": self._first_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,211 @@
+"""Checkpoints that survive a crash while they are written, and damage afterwards."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lit_basics.errors import UserError
+from lit_basics.files import replace_file, sync_folder
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """Lightning's CheckpointIO, made so that one good checkpoint is there at every moment.
+
+    A checkpoint is staged beside its target, synchronised to the disk, read back, and renamed. The one before
+    it stays as ``<name>.previous``, and ``<name>.sha256`` holds the checksums of both. A load checks them: a
+    damaged file is named and the previous one used. Nothing in a file is ever run (``weights_only``).
+
+    Usable alone: ``Trainer(plugins=[DurableCheckpointIO()])``.
+
+    Args:
+        min_seconds: A file that was written less than this ago is not written again yet: its newest state is
+            held in memory until a later save or the end of the run.
+        asynchronous: Whether a thread writes, one save at a time; an error is raised at the next save or at
+            the end.
+    """
+
+    def __init__(self, min_seconds: float = 0.0, asynchronous: bool = False) -> None:
+        self.min_seconds = min_seconds
+        self._pool = ThreadPoolExecutor(1) if asynchronous else None
+        self._in_flight: Future[None] | None = None
+        self._held: dict[Path, bytes] = {}
+        self._written: dict[Path, float] = {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, or hold it if the file is too young.
+
+        Args:
+            checkpoint: What to save; tensors and primitives.
+            path: A local file.
+            storage_options: Must be None.
+
+        Raises:
+            OSError: If it cannot be written; the file before it stays.
+            TypeError: If ``storage_options`` are given.
+        """
+        if storage_options is not None:
+            raise TypeError("DurableCheckpointIO takes no storage_options")
+        target = Path(path)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)  # a copy: the live weights may change from here on
+        if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
+            self._held[target] = buffer.getvalue()
+        else:
+            self._held.pop(target, None)
+            self._write(target, buffer.getvalue())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        self._written[path] = time.monotonic()
+        if self._pool is None:
+            write_checked(path, content)
+            return
+        self._finish_write()
+        self._in_flight = self._pool.submit(write_checked, path, content)
+
+    def _finish_write(self) -> None:
+        if self._in_flight is not None:
+            future, self._in_flight = self._in_flight, None
+            future.result()
+
+    def flush(self) -> None:
+        """Write what is held and wait until all is on the disk."""
+        while self._held:
+            self._write(*self._held.popitem())
+        self._finish_write()
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Return the checkpoint in ``path`` or, if that is damaged, the one before it.
+
+        Raises:
+            UserError: If there is no such file or neither is good.
+        """
+        self._finish_write()
+        return load_checked(Path(path), map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint with the one before it."""
+        self._held.pop(Path(path), None)
+        self._finish_write()
+        for file in (Path(path), previous_path(Path(path)), checksum_path(Path(path))):
+            file.unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        """Write what is held; called by the Trainer at its end, also after an exception."""
+        self.flush()
+
+
+def previous_path(path: Path) -> Path:
+    """Return where the checkpoint before ``path`` is kept."""
+    return path.with_name(path.name + ".previous")
+
+
+def checksum_path(path: Path) -> Path:
+    """Return where the checksums of ``path`` and of the one before it are kept."""
+    return path.with_name(path.name + ".sha256")
+
+
+def write_checked(path: Path, content: bytes) -> None:
+    """Replace a file by ``content``; at every moment it or its previous one is whole and has its checksum.
+
+    Raises:
+        OSError: If it cannot be written or reads back differently; the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = hashlib.sha256(content).hexdigest()
+        if file_digest(Path(staged)) != digest:
+            raise OSError(f"{path} could not be written: the disk returns other bytes")
+        # the sums of the new file come first: whichever files a crash leaves, their sums are listed
+        with replace_file(checksum_path(path)) as sums:
+            sums.write(json.dumps([digest, *known_digests(path)[:2]]).encode())
+        if path.exists():
+            _keep_as_previous(path)
+        os.replace(staged, path)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _keep_as_previous(path: Path) -> None:
+    link = path.with_name(f".{path.name}.link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, link)
+    os.replace(link, previous_path(path))
+
+
+def known_digests(path: Path) -> list[str]:
+    """Return the SHA-256 sums kept beside ``path``, the newest first; none if there are none."""
+    try:
+        return [str(digest) for digest in json.loads(checksum_path(path).read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Return the checkpoint in ``path`` or, if that is damaged, the one before it; no code is run.
+
+    Raises:
+        UserError: If there is no such file or neither is good.
+    """
+    if not path.exists() and not previous_path(path).exists():
+        raise UserError(f"there is no checkpoint {path}")
+    reasons = []
+    for file in (path, previous_path(path)):
+        if file == previous_path(path) and not file.exists():
+            break
+        try:
+            checkpoint = _load(file, known_digests(path), map_location)
+        except Exception as error:  # torch.load raises many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reasons.append(f"{file} is damaged or not a checkpoint: {reason[:150]}")
+        else:
+            if reasons:
+                rank_zero_warn(f"{reasons[0]}; going on from {file}")
+            return checkpoint
+    raise UserError(reasons[0])
+
+
+def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
+    if not path.is_file():
+        raise OSError("a folder" if path.is_dir() else "no such file")
+    if digests and file_digest(path) not in digests:
+        raise ValueError("its SHA-256 is not the one that was written")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("no archive of torch.save")
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()  # torch.load does not look at the checksums
+    if broken is not None:
+        raise ValueError(f"the checksum of {broken} is wrong")
+    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError("it has no state_dict")
+    return checkpoint

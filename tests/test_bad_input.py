@@ -1,0 +1,448 @@
+"""Wrong input: exit code 2, one short message that names the value, the place and what is valid, nothing lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_basics.cli import main
+
+SMALL = (
+    *("--data", "SyntheticCIFAR10", "--data.train_images", "100", "--data.test_images", "20"),
+    *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
+)
+QUICK = ("fit", "--config", "quickstart")
+DATA = "model: LitLeNet5\ndata: {class_path: SyntheticCIFAR10, init_args: {train_images: 100}}\n"
+
+
+def snapshot(folder):
+    """Return every file's content, and None for every folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    def check(words, *fragments):
+        capsys.readouterr()
+        before = snapshot(tmp_path)
+        code = main([str(word) for word in words])
+        message = capsys.readouterr().err
+        assert_short(message, *fragments)
+        assert code == 2
+        assert snapshot(tmp_path) == before
+        return message
+
+    return check
+
+
+def assert_short(message, *fragments):
+    assert message.startswith("lit_basics: "), message
+    assert len(message.rstrip("\n").splitlines()) <= 2, message
+    assert len(message) < 400, message
+    for no in ("Traceback", "Union", "Namespace", "jsonargparse", "Expected a"):
+        assert no not in message
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+# the command line
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("ft --config quickstart", ["'ft'", "'fit'"]),
+        ("quickstart", ["'quickstart'", "fit, predict"]),
+        ("fit", ["quickstart", "SyntheticCIFAR10"]),
+        ("fit --config gpu", ["which model?"]),
+        ("fit --data SyntheticCIFAR10", ["which model?"]),
+        ("fit quickstart", ["'quickstart' stands alone", "'--config quickstart'"]),
+        ("fit --config quickstart manual", ["'manual' stands alone", "'--config manual'"]),
+        ("fit --config quickstart --trainer.max_epochs 3 4", ["'4' stands alone"]),
+        ("fit --config", ["--config needs a value"]),
+        ("fit --config quickstart --run_dir", ["--run_dir needs a value"]),
+        ("recipes quikstart", ["'quikstart'", "'quickstart'"]),
+        # a recipe
+        ("fit --config quikstart", ["'quikstart'", "'quickstart'"]),
+        ("fit --config=quikstart", ["'quikstart'", "'quickstart'"]),
+        ("fit --config quickstart --config gpus", ["'gpus'", "'gpu'"]),
+        ("fit --config quickstart.yaml", ["quickstart.yaml", "does not exist", "'quickstart'"]),
+        ("fit --config ./nowhere", ["./nowhere", "does not exist"]),
+        ("fit --config .", ["folder"]),
+        # an option
+        ("fit --confg quickstart", ["--confg", "'--config'"]),
+        ("fit --config quickstart --trainer.max_epoch 3", ["--trainer.max_epoch", "'--trainer.max_epochs'"]),
+        ("fit --config quickstart --trainer.max-epochs 3", ["'--trainer.max_epochs'"]),
+        ("fit --config quickstart --run-dir x", ["'--run_dir'"]),
+        ("fit --config quickstart --epochs 3", ["'--trainer.max_epochs'"]),
+        ("fit --config quickstart --lr 0.1", ["'--model.optimizer.lr'"]),
+        ("fit --config quickstart --optimizer Adam", ["'--model.optimizer'"]),
+        ("fit --config quickstart --batch-size 4", ["'--data.batch_size'"]),
+        ("fit --config quickstart --seed 1", ["'--seed_everything'"]),
+        # a key
+        ("fit --config quickstart --model.optimzer Adam", ["model.optimzer", "'model.optimizer'"]),
+        ("fit --config quickstart --model.lr 0.1", ["model.lr", "'model.optimizer.lr'"]),
+        ("fit --config quickstart --data.batchsize 4", ["data.batchsize", "'data.batch_size'"]),
+        ("fit --config quickstart --model.optimizer.momentun 0.9", ["'model.optimizer.momentum'"]),
+        (
+            "fit --config quickstart --model.optimizer Adam --model.optimizer.momentum 0.9",
+            ["model.optimizer.momentum", "betas"],
+        ),
+        ("fit --config muon --model.optimizer.matrices.lrr 1", ["'model.optimizer.matrices.lr'"]),
+        # a class
+        ("fit --config quickstart --model LitLenet", ["model", "LitLenet", "'LitLeNet5'"]),
+        ("fit --config quickstart --model lit_basics.LitLenet5", ["lit_basics.LitLenet5", "'LitLeNet5'"]),
+        ("fit --config quickstart --model torch.nn.Linear", ["torch.nn.Linear", "LightningModule"]),
+        ("fit --model mine.Mine", ["mine.Mine", "python -m lit_basics"]),
+        ("fit --config quickstart --data NpzDatModule", ["NpzDatModule", "'NpzDataModule'"]),
+        ("fit --config quickstart --trainer.callbacks GradMonitor", ["GradMonitor", "'GradientMonitor'"]),
+        ("fit --config quickstart --trainer.callbacks+ EarlyStoping", ["EarlyStoping", "'EarlyStopping'"]),
+        ("fit --config quickstart --trainer.logger CSVLoger", ["CSVLoger", "'CSVLogger'"]),
+        ("fit --model LitClassifier --model.net LeNt5", ["model.net", "LeNt5", "'LeNet5'"]),
+        ("fit --model LitClassifier --model.net torch.nn.Linea", ["torch.nn.Linea", "'Linear'"]),
+        ("fit --config quickstart --data.transform torchvision.transforms.v2.RandomFlp", ["RandomFlp"]),
+        # an optimizer, a scheduler
+        ("fit --config quickstart --model.optimizer Adm", ["model.optimizer", "Adm", "'Adam'"]),
+        ("fit --config quickstart --model.optimizer adam", ["adam", "'Adam'"]),
+        ("fit --config quickstart --model.optimizer torch.optim.Adm", ["torch.optim.Adm", "'Adam'"]),
+        ("fit --config quickstart --model.optimizer torch.nn.Linear", ["torch.nn.Linear", "Optimizer"]),
+        ("fit --config muon --model.optimizer.matrices Muo", ["model.optimizer.matrices", "Muo", "'Muon'"]),
+        ("fit --config quickstart --model.lr_scheduler StepLr", ["model.lr_scheduler", "StepLr", "'StepLR'"]),
+        ("fit --config quickstart --model.lr_scheduler StepLR", ["StepLR", "step_size"]),
+        (
+            "fit --config quickstart --model.lr_scheduler ReduceLROnPlateau",
+            ["torch.optim.lr_scheduler.ReduceLROnPlateau"],
+        ),
+        # what is missing
+        ("fit --config quickstart --data NpzDataModule", ["NpzDataModule", "needs path"]),
+        ("fit --model LitClassifier --data SyntheticCIFAR10", ["LitClassifier", "needs net"]),
+        # a type
+        ("fit --config quickstart --trainer.max_epochs many", ["trainer.max_epochs is many", "must be int"]),
+        ("fit --config quickstart --data.batch_size 1.5", ["data.batch_size is 1.5", "must be int"]),
+        ("fit --config quickstart --model.optimizer.lr fast", ["model.optimizer.lr is fast", "be float"]),
+        ("fit --config quickstart --model.num_classes ten", ["model.num_classes is ten", "must be int"]),
+        ("fit --config quickstart --model.activation swish", ["model.activation is swish", "'tanh', 'relu'"]),
+        ("fit --config quickstart --trainer.precision 17", ["trainer.precision is 17", "'bf16-mixed'"]),
+        ("fit --config quickstart --trainer.callbacks.every_n_steps x", ["every_n_steps is x", "must be int"]),
+        ("fit --config muon --model.optimizer.matrices.lr x", ["matrices.lr is x", "must be float"]),
+        ("fit --config quickstart --metrics_csv maybe", ["metrics_csv is maybe", "bool"]),
+        # a range
+        ("fit --config quickstart --data.batch_size 0", ["batch_size is 0", "at least 1"]),
+        ("fit --config linear --data.batch_size 0", ["batch_size is 0", "at least 1"]),
+        ("fit --config quickstart --data.val_size 1.5", ["val_size is 1.5", "[0, 1)"]),
+        ("fit --config quickstart --data.val_size -1", ["val_size is -1"]),
+        ("fit --config quickstart --data.train_images 0", ["train_images is 0"]),
+        ("fit --config quickstart --model.lr_interval day", ["lr_interval is 'day'", "'step'"]),
+        # the Trainer
+        ("fit --config quickstart --trainer.accelerator cudda", ["cudda", "'cuda'"]),
+        ("fit --config quickstart --trainer.strategy ddpp", ["ddpp", "'ddp'"]),
+        ("fit --config quickstart --trainer.devices two", ["devices"]),
+        ("fit --config quickstart --trainer.devices 0", ["devices"]),
+        ("fit --config quickstart --trainer.max_epochs -5", ["max_epochs", "-5"]),
+        ("fit --config quickstart --trainer.limit_train_batches 2.5", ["limit_train_batches", "2.5"]),
+        # a run, a checkpoint
+        ("test", ["--run_dir"]),
+        ("test --run_dir nowhere", ["nowhere", "no run"]),
+        ("test --config quickstart", ["--ckpt_path"]),
+        ("test --config quickstart --ckpt_path nowhere.ckpt", ["nowhere.ckpt"]),
+    ],
+)
+def test_words(refused, line, fragments):
+    refused(line.split(), *fragments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_a_gpu(refused):
+    refused([*QUICK, "--config", "gpu"], "trainer.accelerator is gpu", "cpu")
+
+
+# config files
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        (None, ["does not exist"]),
+        ("", ["is empty"]),
+        ("# nothing\n", ["is empty"]),
+        ("- a\n- b\n", ["holds a list"]),
+        ("hello", ["holds a str"]),
+        (bytes(range(256)), ["not a YAML text file"]),
+        (b"\x00\x01", ["not a YAML text file"]),
+        ("trainer:\n  max_epochs: [1\n", ["not a YAML text file", "line 3"]),
+        ("a: b\n\tc: 4\n", ["not a YAML text file", "line 2"]),
+        ("a: " + "[" * 20_000, ["not a YAML text file"]),
+        ("trainer: 3\nmodel: LitLeNet5\n", ["trainer is 3"]),
+        ("3: 4\nmodel: LitLeNet5\n", ["3", "my.yaml"]),
+        ("model: 3\n", ["model is 3", "my.yaml", "class_path"]),
+        ("model: LitLeNet5\ndata: [SyntheticCIFAR10]\n", ["SyntheticCIFAR10", "class_path"]),
+        ("model:\n  clas_path: LitLeNet5\n", ["clas_path", "class_path"]),
+        ("model:\n  class_path: LitLeNet5\n  optimizer: SGD\n", ["model", "class_path and init_args"]),
+        ("model: LitLeNet5\nmodel.optimizer: SGD\n", ["model", "'optimizer'"]),
+        (DATA + "trainr:\n  max_epochs: 1\n", ["trainr", "'trainer'"]),
+        (DATA + "trainer:\n  max_epoch: 1\n", ["trainer.max_epoch", "'trainer.max_epochs'"]),
+        (DATA + "trainer:\n  max_epochs: many\n", ["trainer.max_epochs is many", "must be int"]),
+        (DATA + "trainer:\n  callbacks:\n  - class_path: GradMonitor\n", ["GradMonitor", "'GradientMonitor'"]),
+        (
+            DATA + "trainer: {callbacks: [{class_path: GradientMonitor, init_args: {every: 3}}]}\n",
+            ["trainer.callbacks.every", "'trainer.callbacks.every_n_steps'"],
+        ),
+        (
+            DATA + "trainer: {callbacks: [{class_path: GradientMonitor, init_args: {every_n_steps: x}}]}\n",
+            ["trainer.callbacks.every_n_steps is x", "must be int"],
+        ),
+        ("model: {class_path: LitLeNet5, init_args: {optimzer: Adam}}\n", ["'model.optimizer'"]),
+        ("model: {class_path: LitLeNet5, init_args: {optimzer: {class_path: Adam}}}\n", ["'model.optimizer'"]),
+        ("model: {class_path: LitLenet5}\n", ["LitLenet5", "'LitLeNet5'"]),
+        ("model: {class_path: LitLeNet5, init_args: {optimizer: {class_path: Adm}}}\n", ["Adm", "'Adam'"]),
+        (
+            "model: {class_path: LitLeNet5, init_args: {optimizer: {class_path: Adam, init_args: {lr: x}}}}\n",
+            ["model.optimizer.lr is x", "must be float"],
+        ),
+        (
+            "model: {class_path: LitClassifier, init_args: {net: {class_path: torch.nn.Linear}}}\n",
+            ["torch.nn.Linear", "in_features"],
+        ),
+        ("model: LitLeNet5\ndata: {class_path: SyntheticCIFAR10, init_args: {batch_size: big}}\n", ["big"]),
+    ],
+)
+def test_config_files(refused, tmp_path, text, fragments):
+    path = tmp_path / "my.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refused(["fit", "--config", "my.yaml"], *fragments)
+    if fragments != ["trainer is 3"]:
+        assert "my.yaml" in message
+
+
+def test_the_nearest_file_is_suggested(refused, tmp_path):
+    (tmp_path / "config.yaml").write_text(DATA)
+    refused(["fit", "--config", "confg.yaml"], "confg.yaml", "did you mean 'config.yaml'?")
+
+
+def test_the_last_file_with_the_key_is_named(refused, tmp_path):
+    (tmp_path / "a.yaml").write_text(DATA)
+    (tmp_path / "b.yaml").write_text("data: {init_args: {batch_size: big}}\n")
+    refused(["fit", "--config", "a.yaml", "--config=b.yaml"], "data.batch_size is big (in b.yaml)")
+
+
+# data
+
+
+def arrays(**changes):
+    whole = {
+        "x_train": np.zeros((8, 32, 32, 3), np.uint8),
+        "y_train": np.arange(8) % 2,
+        "x_test": np.zeros((4, 32, 32, 3), np.uint8),
+        "y_test": np.arange(4) % 2,
+    }
+    return {key: value for key, value in {**whole, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        (arrays(y_test=None), ["lacks the key y_test", "x_train, y_train, x_test"]),
+        (arrays(x_train=np.zeros((8, 32, 32, 4), np.uint8)), ["x_train has shape (8, 32, 32, 4)"]),
+        (arrays(x_train=np.zeros((8, 3, 32, 32), np.uint8)), ["x_train has shape", "(N, H, W, 3)"]),
+        (arrays(x_train=np.zeros((0, 32, 32, 3), np.uint8)), ["x_train has shape (0, 32, 32, 3)"]),
+        (arrays(x_test=np.zeros((4, 28, 28, 3), np.uint8)), ["x_test", "(28, 28, 3)"]),
+        (arrays(x_train=np.zeros((8, 32, 32, 3))), ["x_train has dtype float64", "uint8"]),
+        (arrays(y_train=np.zeros(8)), ["y_train has dtype float64", "integer"]),
+        (arrays(y_train=np.zeros(7, int)), ["y_train has shape (7,)", "8 images"]),
+        (arrays(y_test=np.zeros((4, 2), int)), ["y_test has shape (4, 2)"]),
+        (arrays(y_train=np.arange(8) - 1), ["y_train has labels from -1"]),
+        (arrays(y_train=np.arange(8) + 5), ["labels go up to 12", "num_classes is 10"]),
+        (arrays(y_test=np.arange(4) + 10), ["labels go up to 13", "num_classes is 10"]),
+        (arrays(y_train=np.array([object()] * 8)), ["pickled objects"]),
+        (b"this is text", ["damaged"]),
+        (b"", ["damaged"]),
+        (b"PK\x03\x04 but not a zip", ["damaged"]),
+    ],
+)
+def test_npz(refused, tmp_path, content, fragments):
+    path = tmp_path / "d.npz"
+    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+    words = ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    message = refused(
+        ["fit", "--model", "LitLeNet5", "--data", "NpzDataModule", "--data.path", "d.npz", *words], *fragments
+    )
+    assert "d.npz" in message or "num_classes" in message
+
+
+def test_a_truncated_npz(refused, tmp_path):
+    np.savez(tmp_path / "d.npz", **arrays())
+    whole = (tmp_path / "d.npz").read_bytes()
+    (tmp_path / "d.npz").write_bytes(whole[: len(whole) // 2])
+    refused(["fit", "--model", "LitLeNet5", "--data", "NpzDataModule", "--data.path", "d.npz"], "d.npz", "damaged")
+
+
+def test_a_missing_npz(refused):
+    refused([*QUICK, "--data", "NpzDataModule", "--data.path", "no.npz"], "data.path", "no.npz")
+
+
+def test_a_data_folder_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("a file, not a folder")
+    words = ["fit", "--config", "blitz", "--data.data_dir", "file/data"]
+    refused(words, "data folder file/data", "Not a directory", "--data.data_dir")
+
+
+def test_too_many_validation_images(refused):
+    refused([*QUICK, *SMALL, "--data.val_size", "100"], "val_size is 100", "only 100 training images")
+
+
+def test_a_crop_as_large_as_the_image(refused):
+    refused([*QUICK, *SMALL, "--data.crop", "32"], "crop is 32", "32 pixels")
+
+
+# what torch finds out
+
+
+@pytest.mark.parametrize("mode", [[], ["--config", "manual"]])
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["--model.optimizer", "Muon"], ["Muon", "2D"]),
+        (["--model.optimizer", "SparseAdam"], ["SparseAdam", "dense", "Adam"]),
+        (["--model.optimizer.lr", "-1"], ["learning rate", "-1"]),
+        (["--model.optimizer.lr=-1"], ["learning rate", "-1"]),
+        (["--model.optimizer.momentum", "-1"], ["momentum", "-1"]),
+        (["--model.num_classes", "5"], ["labels go up to 9", "num_classes is 5"]),
+    ],
+)
+def test_optimizers_and_nets_that_cannot_work(refused, mode, words, fragments):
+    refused([*QUICK, *mode, *SMALL, *words], *fragments)
+
+
+def test_dense_optimizer_on_sparse_gradients(refused):
+    refused(["fit", "--config", "embedding", "--model.optimizer", "Adam"], "Adam", "sparse", "SparseAdam")
+
+
+def test_paired_optimizer_without_matrices(refused):
+    words = ["--model.optimizer", "PairedOptimizer", "--model.optimizer.matrices", "Muon"]
+    refused(["fit", "--config", "linear", *words, "--model.optimizer.rest", "SGD"], "2-D")
+
+
+@pytest.mark.parametrize("mode", [[], ["--config", "manual"]])
+def test_plateau_that_monitors_an_unknown_key(capsys, tmp_path, mode):
+    scheduler = ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"]
+    assert main([*QUICK, *mode, *SMALL, *scheduler, "--model.lr_monitor", "val/los"]) == 2
+    assert_short(capsys.readouterr().err, "ReduceLROnPlateau", "val/los", "val/loss")
+
+
+def test_manual_mode_of_a_module_with_its_own_training_step(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_step.py").write_text(
+        "from lit_basics import LitLeNet5\n\n\n"
+        "class OwnStep(LitLeNet5):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        return self.compute_loss(batch, batch_idx)\n"
+    )
+    words = ["fit", "--model", "own_step.OwnStep", *SMALL]
+    refused([*words, "--model.automatic_optimization", "false"], "OwnStep", "training_step", "compute_loss")
+    refused([*words[:2], "own_step.OwnStp", *SMALL], "own_step.OwnStp", "did you mean 'OwnStep'?")
+
+
+# runs and checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of LeNet-5."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main([*QUICK, *SMALL, "--run_dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_directory_that_holds_a_run(refused, trained):
+    before = snapshot(trained)
+    refused([*QUICK, *SMALL, "--run_dir", trained], str(trained), "holds a run already")
+    assert snapshot(trained) == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "checkpoints"])
+def test_a_run_directory_with_a_part_of_a_run(refused, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    refused([*QUICK, *SMALL, "--run_dir", "run"], "run holds a run already")
+
+
+def test_a_refused_run_leaves_the_files_of_its_directory(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    refused([*QUICK, *SMALL, "--run_dir", "run", "--model.optimizer", "Muon"], "Muon")
+
+
+@pytest.mark.parametrize("folder", ["file/run", "file"])
+def test_a_run_directory_that_cannot_be_written(refused, tmp_path, folder):
+    (tmp_path / "file").write_text("a file, not a folder")
+    refused([*QUICK, *SMALL, "--run_dir", folder], folder, "cannot be written", "--run_dir")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("made_by_a_checkpoint",)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("kind", "fragments"),
+    [
+        ("missing", []),
+        ("text", ["damaged"]),
+        ("empty", ["damaged"]),
+        ("truncated", ["damaged"]),
+        ("hostile", ["damaged"]),
+        ("plain weights", ["no state_dict"]),
+        ("folder", []),
+        ("another model", ["another model", "LitBlitzNet"]),
+    ],
+)
+def test_checkpoints(refused, trained, tmp_path, command, kind, fragments):
+    path = tmp_path / "my.ckpt"
+    whole = (trained / "checkpoints" / "best.ckpt").read_bytes()
+    if kind == "hostile":
+        torch.save({"state_dict": Hostile()}, path)
+    elif kind == "plain weights":
+        path.write_bytes((trained / "best.pth").read_bytes())
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        contents = {"text": b"not a checkpoint", "empty": b"", "truncated": whole[: len(whole) // 2]}
+        path.write_bytes(contents.get(kind, whole))
+    model = "LitBlitzNet" if kind == "another model" else "LitLeNet5"
+    refused([command, "--model", model, *SMALL, "--ckpt_path", "my.ckpt"], "my.ckpt", *fragments)
+
+
+@pytest.mark.parametrize("name", ["best", "last", "other"])
+def test_fit_from_a_checkpoint_that_has_no_run(refused, name):
+    refused([*QUICK, *SMALL, "--ckpt_path", name], name)
+
+
+def test_nothing_to_validate_on(refused, trained):
+    checkpoint = trained / "checkpoints" / "best.ckpt"
+    words = ["validate", "--config", "quickstart", *SMALL, "--data.val_size", "0"]
+    refused([*words, "--ckpt_path", checkpoint], "nothing to validate on")
+
+
+# as a program
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("fit --config quikstart", ["'quickstart'"]),
+        ("fit --config quickstart --data.batch_size 0", ["batch_size is 0"]),
+        ("fit --config quickstart --model.optimizer SparseAdam --data.train_images 100", ["dense"]),
+    ],
+)
+def test_as_a_program(tmp_path, line, fragments):
+    command = [sys.executable, "-m", "lit_basics", *line.split(), "--trainer.enable_progress_bar", "false"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert_short(done.stderr, *fragments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert snapshot(tmp_path) == {}
