@@ -7,6 +7,7 @@ import difflib
 import importlib
 import netrc
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -26,14 +27,18 @@ from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, nearest
 from lit_basics.recipes import recipe_names, recipe_path
 
-RUN_KEYS = ("run_dir", "ckpt_path")
+RUN_KEYS = ("run_dir", "ckpt_path", "resume")
 """Options of one run, which its config.yaml does not carry."""
 
 
 class Config(LightningCLI):
     """A parsed configuration; :meth:`build` makes the objects of it."""
 
+    optimizer_arguments: dict[str, Any]
+    """What a resumed run gives its optimizer anew."""
+
     def __init__(self, args: list[str]) -> None:
+        self.optimizer_arguments = {}
         for name in lit_basics.__all__:
             getattr(lit_basics, name)  # imported classes are known by their short names
         super().__init__(
@@ -59,6 +64,7 @@ class Config(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and the switches of what every run gets."""
         parser.add_argument("--run_dir", type=str | None, help="the run's directory")
+        parser.add_argument("--resume", type=str | None, help="auto, or the run or checkpoint to go on with")
         parser.add_argument("--ckpt_path", type=str | None, help="the checkpoint to start from")
         for name, what in (
             ("metrics_csv", "write metrics.csv"),
@@ -189,6 +195,8 @@ def check_trainer(settings: Any) -> None:
         value = settings[key]
         if isinstance(value, str) and value not in valid:
             raise UserError(f"trainer.{key}: there is no {key} {value}{nearest(value, valid)}")
+    if isinstance(settings.devices, str) and not re.fullmatch(r"auto|-1|[0-9, ]+", settings.devices):
+        raise UserError(f"trainer.devices is {settings.devices}; it must be auto, a number, or a list of numbers")
     wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])
     if isinstance(settings.accelerator, str) and not set(wanted) & set(found):
         raise UserError(
@@ -238,7 +246,7 @@ def config_path(name: str) -> Path:
         UserError: If there is no such file or recipe, or it is not a YAML mapping.
     """
     path = Path(name)
-    is_path = path.suffix or os.sep in name or (path.is_file() and name not in all_names())
+    is_path = path.suffix or os.sep in name or (path.exists() and name not in all_names())
     if not is_path:
         path = recipe_path(name)
     elif not path.is_file():

@@ -26,8 +26,9 @@ from lit_basics.errors import nearest
 from lit_basics.recipes import recipe_names
 
 NO_MODEL = (
-    "which model? Name a recipe (lit_basics fit --config quickstart) or a model and data "
-    "(--model lit_basics.LitLeNet5 --data SyntheticCIFAR10); lit_basics recipes lists the recipes"
+    "which model? Type lit_basics fit --config quickstart, or name a model and data "
+    "(--model lit_basics.LitLeNet5 --data SyntheticCIFAR10), or for test, validate and predict a run "
+    "(--run_dir D); lit_basics recipes lists the recipes"
 )
 
 _COMMON = [

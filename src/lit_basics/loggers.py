@@ -20,10 +20,12 @@ class MetricsCSV(Logger):
 
     Args:
         path: The file.
+        resume: Whether to go on in a file that is there; :meth:`cut_back` it first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resume: bool = False) -> None:
         super().__init__()
+        self._resume = resume
         self.path = path
         self._keys: list[str] = []
         self._file: TextIO | None = None
@@ -56,6 +58,18 @@ class MetricsCSV(Logger):
         self._file.flush()
 
     @rank_zero_only
+    def cut_back(self, step: int) -> None:
+        """Drop the rows after ``step`` of a file that was to be resumed: they are made again."""
+        if not self._resume or not self.path.is_file():
+            return
+        with self.path.open(newline="") as file:
+            header, *rows = [*csv.reader(file)] or [["step"]]
+        self._keys = header[1:]
+        # a kill may have left half a row at the end
+        rows = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) <= step]
+        self._rewrite(rows)
+
+    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the run's ``config.yaml`` holds them."""
 
@@ -75,10 +89,13 @@ class MetricsCSV(Logger):
             with self.path.open(newline="") as file:
                 rows = list(csv.reader(file))[1:]
         self._keys += new
+        self._rewrite([[*row, *[""] * len(new)] for row in rows])
+
+    def _rewrite(self, rows: list[list[str]]) -> None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *self._keys])
-        writer.writerows([*row, *[""] * len(new)] for row in rows)
+        writer.writerows(rows)
         with replace_file(self.path) as staged:
             staged.write(text.getvalue().encode())
         self._file = self.path.open("a", newline="")

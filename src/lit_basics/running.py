@@ -12,18 +12,23 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import yaml
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
-from lit_basics.callbacks.last import LastCheckpoint
+from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.progress import ProgressBar
+from lit_basics.callbacks.random_state import RandomState
+from lit_basics.checkpoint_io import DurableCheckpointIO, load_checked
 from lit_basics.config import Config, config_names
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.recording import recorder_of
+from lit_basics.resuming import OptimizerArguments, check_changes, find_run
 
 _RUN_DIR = "LIT_BASICS_RUN_DIR"
 """Carries the run's directory from rank 0 to the processes that Lightning starts."""
@@ -69,21 +74,37 @@ def quiet() -> None:
 
 def fit(command: str, args: list[str]) -> None:
     """Train: everything that the run writes goes into its directory."""
-    config = Config(args)
-    directory = new_run_directory(config.config.run_dir, run_name(config, args))
+    resume, run_dir = _option(args, "--resume"), _option(args, "--run_dir")
+    found = find_run(resume, run_dir, run_name(args)) if resume else None
+    if found is None:
+        config = Config(args)
+        directory = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
+        if resume is not None:
+            print(f"there is no run to resume: starting afresh in {directory}")
+    else:
+        directory, checkpoint = found
+        config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
+        config.optimizer_arguments = check_changes(
+            yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict()
+        )
+        config.config.ckpt_path = str(checkpoint)
+        os.environ[_RUN_DIR] = str(directory.resolve())
     trainer = None
     try:
         config.prepare_loggers(directory)
         config.build()
-        trainer = make_trainer(config, directory)
-        trainer.fit(config.model, datamodule=config.datamodule, ckpt_path=config.config.ckpt_path)
+        trainer = make_trainer(config, directory, resumed=found is not None)
+        ckpt_path = config.config.ckpt_path
+        trainer.fit(
+            config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
+        )
     except SystemExit as error:  # Lightning's way to leave after Ctrl-C
         if trainer is None or not trainer.interrupted:
             raise
         print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
         raise KeyboardInterrupt from error
     except Exception:
-        if trainer is None or not trainer.global_step:
+        if found is None and (trainer is None or not trainer.global_step):
             _remove_traces(directory)
         raise
     finally:
@@ -108,7 +129,7 @@ def evaluate(command: str, args: list[str]) -> None:
     config = Config(args)
     path = _checkpoint(config.config.ckpt_path, directory)
     config.build()
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checked(path)
     try:
         config.model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -142,14 +163,14 @@ def _predict(trainer: pl.Trainer, config: Config, directory: Path) -> None:
     print(f"predictions: {directory / 'predictions.npz'}")
 
 
-def make_trainer(config: Config, directory: Path) -> pl.Trainer:
+def make_trainer(config: Config, directory: Path, resumed: bool) -> pl.Trainer:
     """Return the Trainer of a training run, with what every run gets beside the configured callbacks."""
     arguments = _with_progress_bar(dict(config.trainer_arguments))
     arguments["default_root_dir"] = arguments["default_root_dir"] or str(directory)
     logger = arguments["logger"]
     loggers = [] if logger in (None, True, False) else list(logger) if isinstance(logger, (list, tuple)) else [logger]
     if config.config.metrics_csv:
-        loggers.append(MetricsCSV(directory / "metrics.csv"))
+        loggers.append(MetricsCSV(directory / "metrics.csv", resume=resumed))
     arguments["logger"] = loggers or False
     callbacks = arguments["callbacks"]
     if arguments["enable_checkpointing"] is not False:
@@ -159,8 +180,18 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
         if config.config.last_checkpoint:
             callbacks.append(LastCheckpoint(checkpoints))
         arguments["enable_checkpointing"] = config.config.best_checkpoint or config.config.last_checkpoint
-    callbacks.append(_RunFiles(config, directory))
+    callbacks += [RandomState(), _RunFiles(config, directory)]
+    if config.optimizer_arguments:
+        callbacks.append(OptimizerArguments(config.optimizer_arguments))
+    arguments["plugins"] = _with_durable_checkpoints(arguments["plugins"])
     return pl.Trainer(**arguments)
+
+
+def _with_durable_checkpoints(plugins: Any) -> list[Any]:
+    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+        given.append(DurableCheckpointIO(min_seconds=MIN_SECONDS))
+    return given
 
 
 class _RunFiles(pl.Callback):
@@ -170,6 +201,9 @@ class _RunFiles(pl.Callback):
         self.config, self.directory = config, directory
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.cut_back(trainer.global_step)
         if trainer.is_global_zero:
             with replace_file(self.directory / "config.yaml") as file:
                 file.write(self.config.to_yaml().encode())
@@ -193,13 +227,23 @@ def _with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "callbacks": callbacks}
 
 
-def run_name(config: Config, args: list[str]) -> str:
+def run_name(args: list[str]) -> str:
     """Return the stem of the first config, else the model's class."""
     names = config_names(args)
-    return Path(names[0]).stem if names else str(config.config.model.class_path).rpartition(".")[2]
+    return Path(names[0]).stem if names else (_option(args, "--model") or "run").rpartition(".")[2]
 
 
-def new_run_directory(chosen: str | None, name: str) -> Path:
+def without_configs(args: list[str]) -> list[str]:
+    """Return ``args`` without ``--config`` and its values: a resumed run has its own."""
+    flags = ("--config", "-c")
+    return [
+        word
+        for before, word in zip(["", *args], args, strict=False)
+        if word not in flags and before not in flags and not word.startswith("--config=")
+    ]
+
+
+def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) -> Path:
     """Return a new run's directory: the chosen one, which must not hold a run, or one named by date and time.
 
     Raises:
@@ -221,8 +265,10 @@ def new_run_directory(chosen: str | None, name: str) -> Path:
                     raise
                 count += 1
                 directory = stamp.with_name(f"{stamp.name}-{count}")
-        if any((directory / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
-            raise UserError(f"--run_dir {directory} holds a run already; name another directory")
+        if not may_exist and any((directory / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+            raise UserError(
+                f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
+            )
         with replace_file(directory / ".writable"):
             pass
         (directory / ".writable").unlink()
@@ -268,24 +314,6 @@ def _checkpoint(chosen: str | None, directory: str | None) -> Path:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     return path
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's content, on the CPU; no code in it is run.
-
-    Raises:
-        UserError: If the file is no checkpoint or is damaged.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-            raise UserError(f"{path} is not a Lightning checkpoint: it has no state_dict")
-    except UserError:
-        raise
-    except Exception as error:  # torch.load raises many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint: {reason[:200]}") from error
-    return checkpoint
 
 
 def _first_key(error: Exception) -> str:

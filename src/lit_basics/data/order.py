@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_basics.errors import UserError
+
 
 def generator(seed: int, *keys: int) -> torch.Generator:
     """Return a CPU generator whose stream depends on all of ``seed`` and ``keys``."""
@@ -99,8 +101,18 @@ class EpochOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and the number of batches of it that were given out."""
-        return {"epoch": self.epoch, "position": self._position}
+        return {"epoch": self.epoch, "position": self._position, **self._shape()}
+
+    def _shape(self) -> dict[str, int]:
+        return {"size": self.size, "batch_size": self.batch_size, "world_size": self.world_size, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which :meth:`state_dict` was taken."""
+        """Continue after the batch at which :meth:`state_dict` was taken.
+
+        Raises:
+            UserError: If that was another order: of another size, batch size, world size or seed.
+        """
+        for name, value in self._shape().items():
+            if state[name] != value:
+                raise UserError(f"the checkpoint's data had {name} {state[name]}, here it is {value}: cannot resume")
         self.epoch, self._position, self._resumed = int(state["epoch"]), int(state["position"]), True

@@ -1,0 +1,148 @@
+"""Durable checkpoints: damage is seen, the one before is used, nothing in a file is run."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from lit_basics import DurableCheckpointIO, UserError
+from lit_basics.checkpoint_io import checksum_path, previous_path
+
+
+def checkpoint(value):
+    return {"state_dict": {"weight": torch.full((50,), float(value))}, "step": value}
+
+
+def saved(tmp_path, *values, **options):
+    io = DurableCheckpointIO(**options)
+    for value in values:
+        io.save_checkpoint(checkpoint(value), tmp_path / "a.ckpt")
+    return io, tmp_path / "a.ckpt"
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    io, path = saved(tmp_path, 1, 2)
+    assert io.load_checkpoint(path)["step"] == 2
+    assert torch.load(previous_path(path), weights_only=True)["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"]
+    io.remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_bit_flip_and_truncation_is_seen(tmp_path):
+    io, path = saved(tmp_path, 1, 2)
+    good = path.read_bytes()
+    draws = torch.Generator().manual_seed(0)
+    for place in torch.randint(0, len(good) * 8, (150,), generator=draws).tolist():
+        damaged = bytearray(good)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"a.ckpt is damaged.*going on from .*a.ckpt.previous"):
+            assert io.load_checkpoint(path)["step"] == 1
+    for length in torch.randint(0, len(good), (25,), generator=draws).tolist():
+        path.write_bytes(good[:length])
+        with pytest.warns(UserWarning, match="damaged"):
+            assert io.load_checkpoint(path)["step"] == 1
+
+
+def test_without_its_checksum_the_archive_itself_is_checked(tmp_path):
+    io, path = saved(tmp_path, 1)
+    checksum_path(path).unlink()
+    good = path.read_bytes()
+    assert io.load_checkpoint(path)["step"] == 1
+    place = good.index(torch.ones(4).numpy().tobytes())  # torch.load would return another weight
+    path.write_bytes(good[:place] + b"\x01" + good[place + 1 :])
+    with pytest.raises(UserError, match="damaged"):
+        io.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("stage", ["fsync", "replace", "link"])
+def test_a_failure_at_any_call_leaves_a_good_checkpoint(stage, tmp_path, monkeypatch):
+    io, path = saved(tmp_path, 1, 2)
+    real = getattr(os, stage)
+    calls = 0
+    for failing in range(1, 6):
+
+        def fail(*args, failing=failing, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, stage, fail)
+            try:
+                io.save_checkpoint(checkpoint(failing + 2), path)
+            except OSError:
+                pass
+        assert io.load_checkpoint(path)["step"] in (failing + 2, failing + 1, failing)
+        io.save_checkpoint(checkpoint(failing + 2), path)
+        assert io.load_checkpoint(path)["step"] == failing + 2
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".a.ckpt.") and "link" not in p.name]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("bomb",))
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        DurableCheckpointIO().load_checkpoint(tmp_path / "bomb.ckpt", weights_only=False)
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "a.ckpt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        DurableCheckpointIO().load_checkpoint(path)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        DurableCheckpointIO().load_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_a_young_file_is_held_until_the_end(tmp_path):
+    io, path = saved(tmp_path, 1, 2, 3, min_seconds=60)
+    assert io.load_checkpoint(path)["step"] == 1
+    io.teardown()
+    assert io.load_checkpoint(path)["step"] == 3
+
+
+def test_what_is_held_is_a_copy(tmp_path):
+    io, path = saved(tmp_path, 1, min_seconds=60)
+    state = checkpoint(2)
+    io.save_checkpoint(state, path)
+    state["state_dict"]["weight"].zero_()
+    io.teardown()
+    assert io.load_checkpoint(path)["state_dict"]["weight"][0] == 2
+
+
+def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
+    main = threading.get_ident()
+    real = os.fsync
+
+    def fsync(descriptor):
+        assert threading.get_ident() != main
+        time.sleep(0.05)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    io, path = saved(tmp_path, 1, 2, asynchronous=True)
+    assert io.load_checkpoint(path)["step"] == 2  # waits for the write
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    io.save_checkpoint(checkpoint(3), path)
+    with pytest.raises(OSError, match="No space"):
+        io.save_checkpoint(checkpoint(4), path)
+    monkeypatch.setattr(os, "fsync", real)
+    io.teardown()
+    assert io.load_checkpoint(path)["step"] == 2

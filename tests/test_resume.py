@@ -1,0 +1,178 @@
+"""A resumed run ends with the weights, the optimizer, the random state and the rows of one that never stopped."""
+
+import random
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from helpers import assert_equal, fit, metrics
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+
+from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10
+from lit_basics.callbacks.random_state import generator_states
+from lit_basics.cli import main
+
+SMALL = ("--config", "quickstart", "--data.train_images", "500", "--trainer.log_every_n_steps", "1")
+
+CASES = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "validation within the epoch": {"val_check_interval": 2},
+    "limited": {"limit_train_batches": 4},
+    "clipped": {"gradient_clip_val": 0.1},
+}
+
+
+class SaveEverywhere(Checkpoint):
+    """Saves after every batch (but where an epoch's end or a validation follows at once) and every epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not trainer.is_last_batch and (batch_idx + 1) % (trainer.val_check_batch or 1000):
+            trainer.save_checkpoint(self.folder / f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
+
+
+def train(settings, manual, interval, checkpoint=None, save_to=None, epochs=3):
+    torch.manual_seed(0 if checkpoint is None else 99)
+    random.seed(1)
+    np.random.seed(2)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 5, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10)),
+    )
+    model = LitClassifier(
+        net,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9),
+        lr_interval=interval,
+        automatic_optimization=not manual,
+    )
+    best = BestLossCheckpoint(f"best{checkpoint.stem if checkpoint else ''}")
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[RandomState(), best, *([SaveEverywhere(save_to)] if save_to else [])],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    data = SyntheticCIFAR10(60, 10, batch_size=8, val_size=12, flip=True, crop=2)
+    trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    optimizer = trainer.optimizers[0].state_dict()
+    states = generator_states()
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "momentum": {str(k): v["momentum_buffer"] for k, v in optimizer["state"].items()},
+        "random": {"torch": states["torch"], "numpy": states["numpy"][1]},
+        "rest": (
+            trainer.global_step,
+            trainer.current_epoch,
+            optimizer["param_groups"][0]["lr"],
+            {name: value.item() for name, value in trainer.callback_metrics.items()},
+            best.best_model_score.item(),
+            states["python"],
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("case", CASES)
+def test_resumes_exactly_from_every_step(case, manual, tmp_path):
+    settings, interval = CASES[case], "step" if case == "clipped" else "epoch"
+    whole = train(settings, manual, interval, save_to=tmp_path)
+    last = f"epoch{whole['rest'][1] - 1}"
+    checkpoints = [path for path in sorted(tmp_path.glob("*.ckpt")) if path.stem != last]
+    assert len(checkpoints) >= 8
+    for checkpoint in checkpoints:
+        resumed = train(settings, manual, interval, checkpoint=checkpoint)
+        for part in ("weights", "momentum", "random"):
+            assert_equal(resumed[part], whole[part])
+        assert resumed["rest"] == whole["rest"], checkpoint.stem
+
+
+def newest(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_by_command_the_run_goes_on_in_its_directory(tmp_path, capsys):
+    whole = fit(*SMALL, "--trainer.max_epochs", "3", run_dir="whole")
+    run = fit(*SMALL, "--trainer.max_epochs", "1", run_dir="run")
+    capsys.readouterr()
+    assert main(["fit", *SMALL, "--run_dir", "run", "--resume", "auto", "--trainer.max_epochs", "3"]) == 0
+    assert "resuming with trainer.max_epochs 3 (was 1)" in capsys.readouterr().out
+    assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
+    assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert_equal(torch.load(run / "best.pth", weights_only=True), torch.load(whole / "best.pth", weights_only=True))
+
+
+def test_rows_after_the_checkpoint_are_cut_and_made_again(tmp_path):
+    run = fit(*SMALL, "--trainer.max_epochs", "2")
+    rows = (run / "metrics.csv").read_text()
+    with (run / "metrics.csv").open("a") as file:
+        file.write("17,0.5\n9999,")  # a later row, and half a row: what a kill leaves
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "3"]) == 0
+    assert (run / "metrics.csv").read_text().startswith(rows)
+    assert max(metrics(run)) == 24
+
+
+def test_auto_takes_the_newest_good_run_of_the_recipe(tmp_path, capsys):
+    words = [*SMALL, "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", *words, "--resume", "auto"]) == 0
+    assert "starting afresh" in capsys.readouterr().out
+    assert main(["fit", *words]) == 0
+    first, second = sorted((tmp_path / "runs" / "quickstart").iterdir())
+    damaged = second / "checkpoints" / "last.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    for extra in damaged.parent.glob("last.ckpt.*"):
+        extra.unlink()
+    assert main(["fit", *words[:-4], "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
+    assert newest(first)["global_step"] == 16
+    assert len(list((tmp_path / "runs" / "quickstart").iterdir())) == 2
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["fit", "--resume", "run"]) == 0
+    assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_new_learning_rate_wins_over_the_checkpoint(tmp_path, capsys):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2", "--model.optimizer.lr", "0.001"]) == 0
+    table = metrics(run)
+    assert {row["lr"] for step, row in table.items() if step <= 8 and "lr" in row} == {0.03}
+    assert {row["lr"] for step, row in table.items() if step > 8 and "lr" in row} == {0.001}
+    assert "resuming with model.optimizer.lr 0.001 (was 0.03)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.batch_size", "32"], "--data.batch_size 32: the run to resume has 64"),
+        (["--data.train_images", "400"], "--data.train_images 400: the run to resume has 500"),
+        (["--seed_everything", "3"], "--seed_everything 3: the run to resume has 0"),
+        (["--model.activation", "relu"], "--model.activation relu: the run to resume has tanh"),
+    ],
+)
+def test_another_net_order_or_seed_is_refused(words, message, tmp_path, capsys):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_path_without_a_run_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for place in ("nowhere", "empty"):
+        assert main(["fit", "--resume", place]) == 2
+        assert "there is no checkpoint" in capsys.readouterr().err
