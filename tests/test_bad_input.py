@@ -73,6 +73,7 @@ def assert_short(message, *fragments):
         ("fit --config quickstart.yaml", ["quickstart.yaml", "does not exist", "'quickstart'"]),
         ("fit --config ./nowhere", ["./nowhere", "does not exist"]),
         ("fit --config .", ["folder"]),
+        ("fit --config= quickstart", ["--config needs a value"]),
         # an option
         ("fit --confg quickstart", ["--confg", "'--config'"]),
         ("fit --config quickstart --trainer.max_epoch 3", ["--trainer.max_epoch", "'--trainer.max_epochs'"]),
@@ -83,6 +84,8 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --optimizer Adam", ["'--model.optimizer'"]),
         ("fit --config quickstart --batch-size 4", ["'--data.batch_size'"]),
         ("fit --config quickstart --seed 1", ["'--seed_everything'"]),
+        ("fit -lr 0.1", ["-lr", "'--model.optimizer.lr'"]),
+        ("fit —config quickstart", ["—config", "'--config'"]),  # two hyphens made a dash
         # a key
         ("fit --config quickstart --model.optimzer Adam", ["model.optimzer", "'model.optimizer'"]),
         ("fit --config quickstart --model.lr 0.1", ["model.lr", "'model.optimizer.lr'"]),
@@ -130,7 +133,12 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --trainer.callbacks.every_n_steps x", ["every_n_steps is x", "must be int"]),
         ("fit --config muon --model.optimizer.matrices.lr x", ["matrices.lr is x", "must be float"]),
         ("fit --config quickstart --metrics_csv maybe", ["metrics_csv is maybe", "bool"]),
+        ("fit --config quickstart --trainer.max_epochs=", ["trainer.max_epochs is empty", "must be int"]),
+        ("fit --config quickstart --data.mean 0.5", ["data.mean is 0.5", "a list"]),
         # a range
+        ("fit --config quickstart --seed_everything -1", ["seed_everything is -1", "from 0"]),
+        ("fit --config quickstart --trainer.log_every_n_steps 0", ["log_every_n_steps is 0", "at least 1"]),
+        ("fit --config quickstart --trainer.accumulate_grad_batches 0", ["accumulate_grad_batches is 0"]),
         ("fit --config quickstart --data.batch_size 0", ["batch_size is 0", "at least 1"]),
         ("fit --config linear --data.batch_size 0", ["batch_size is 0", "at least 1"]),
         ("fit --config quickstart --data.val_size 1.5", ["val_size is 1.5", "[0, 1)"]),
@@ -181,7 +189,7 @@ def test_gpu_without_a_gpu(refused):
         ("model: 3\n", ["model is 3", "my.yaml", "class_path"]),
         ("model: LitLeNet5\ndata: [SyntheticCIFAR10]\n", ["SyntheticCIFAR10", "class_path"]),
         ("model:\n  clas_path: LitLeNet5\n", ["clas_path", "class_path"]),
-        ("model:\n  class_path: LitLeNet5\n  optimizer: SGD\n", ["model", "class_path and init_args"]),
+        ("model:\n  class_path: LitLeNet5\n  optimizer: SGD\n", ["model holds more than class_path"]),
         ("model: LitLeNet5\nmodel.optimizer: SGD\n", ["model", "'optimizer'"]),
         (DATA + "trainr:\n  max_epochs: 1\n", ["trainr", "'trainer'"]),
         (DATA + "trainer:\n  max_epoch: 1\n", ["trainer.max_epoch", "'trainer.max_epochs'"]),
@@ -334,18 +342,50 @@ def test_plateau_that_monitors_an_unknown_key(capsys, tmp_path, mode):
     assert_short(capsys.readouterr().err, "ReduceLROnPlateau", "val/los", "val/loss")
 
 
-def test_manual_mode_of_a_module_with_its_own_training_step(refused, tmp_path, monkeypatch):
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Write modules of the user's own, which leave nothing behind."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_step.py").write_text(
+
+    def write(text, name="mine_in_a_test"):
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    yield write
+    sys.modules.pop("mine_in_a_test", None)
+
+
+def test_manual_mode_of_a_module_with_its_own_training_step(refused, mine):
+    name = mine(
         "from lit_basics import LitLeNet5\n\n\n"
         "class OwnStep(LitLeNet5):\n"
         "    def training_step(self, batch, batch_idx):\n"
         "        return self.compute_loss(batch, batch_idx)\n"
     )
-    words = ["fit", "--model", "own_step.OwnStep", *SMALL]
-    refused([*words, "--model.automatic_optimization", "false"], "OwnStep", "training_step", "compute_loss")
-    refused([*words[:2], "own_step.OwnStp", *SMALL], "own_step.OwnStp", "did you mean 'OwnStep'?")
+    manual = [*SMALL, "--model.automatic_optimization", "false"]
+    refused(["fit", "--model", f"{name}.OwnStep", *manual], "OwnStep", "training_step", "compute_loss")
+    refused(["fit", "--model", f"{name}.OwnStp", *manual], f"{name}.OwnStp", "did you mean 'OwnStep'?")
+    refused(["fit", *manual, "--model", f"{name}.OwnStep"], "'automatic_optimization', but no class", "first")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("class Mine(:\n", ["invalid syntax", "mine_in_a_test.py, line 1"]),
+        ("import no_such_module\n", ["mine_in_a_test.Mine", "no_such_module"]),
+        ("import torch\ntorch.no_such_thing\n", ["mine_in_a_test.Mine", "no_such_thing"]),
+        ("class Mine:\n    pass\n", ["mine_in_a_test.Mine", "not a subclass of LightningModule"]),
+        (
+            "from torch import nn\nfrom lit_basics import LitClassifier\n\n\n"
+            "class Mine(LitClassifier):\n    def __init__(self):\n"
+            "        super().__init__(net=nn.Linear(3, 10), colour=3)\n",
+            ["TypeError at mine_in_a_test.py:7", "colour"],
+        ),
+    ],
+)
+def test_modules_of_the_users_own_that_cannot_be_built(refused, mine, text, fragments):
+    refused(["fit", *SMALL, "--model", f"{mine(text)}.Mine"], *fragments)
 
 
 # runs and checkpoints
@@ -388,7 +428,7 @@ class Hostile:
         return os.mkdir, ("made_by_a_checkpoint",)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "test"])
 @pytest.mark.parametrize(
     ("kind", "fragments"),
     [

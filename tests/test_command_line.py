@@ -19,13 +19,20 @@ SMALL = (
 )
 
 
+PROMISED = [
+    "best.pth",
+    *(f"checkpoints/{name}.ckpt{more}" for name in ("best", "last") for more in ("", ".sha256")),
+    *("config.yaml", "metrics.csv"),
+]
+
+
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_run_directory_holds_what_is_promised(tmp_path, capsys):
     run = fit(*SMALL)
-    assert files(run) == ["best.pth", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"]
+    assert files(run) == PROMISED
     assert files(tmp_path) == [f"run/{name}" for name in files(run)]  # nothing anywhere else
     printed = capsys.readouterr().out
     assert "run directory: run\n" in printed
@@ -44,7 +51,7 @@ def test_the_same_command_five_times_loses_nothing(tmp_path):
         assert main(["fit", *SMALL]) == 0
     runs = list((tmp_path / "runs" / "quickstart").iterdir())
     assert len(runs) == 5
-    assert all(len(files(run)) == 5 for run in runs)
+    assert all(files(run) == PROMISED for run in runs)
 
 
 def test_the_same_command_gives_the_same_weights(tmp_path):

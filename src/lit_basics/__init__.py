@@ -35,6 +35,7 @@ _PUBLIC = {
     "NpzDataModule": "data.npz",
     "PairedOptimizer": "optim",
     "Powers": "nets",
+    "Preemption": "callbacks.preemption",
     "ProgressBar": "callbacks.progress",
     "Quadratic": "nets",
     "Square": "nets",

@@ -34,7 +34,7 @@ overlays: {", ".join(recipe_names("overlays"))}
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
+    """Run the command line and return its exit code: 0 done, 2 wrong input, 130 or 143 stopped by a signal."""
     args = sys.argv[1:] if args is None else args
     try:
         return _dispatch(args)
@@ -43,6 +43,8 @@ def main(args: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except SystemExit as error:  # stopped by a signal, the state saved
+        return error.code if isinstance(error.code, int) else 1
 
 
 def _dispatch(args: list[str]) -> int:

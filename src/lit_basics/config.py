@@ -78,6 +78,9 @@ class Config(LightningCLI):
         args = named_configs(args)
         try:
             self.config = parser.parse_args(args)
+            seed = self.config.seed_everything
+            if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+                raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
             check_trainer(self.config.trainer)
             reset_unwritten(self.config, written_keys(args), {})
         except UserError:
@@ -116,7 +119,11 @@ class Config(LightningCLI):
                 cause = cause.__cause__
             if isinstance(cause, UserError):
                 raise cause from None
-            frame = traceback.extract_tb(cause.__traceback__)[-1]
+            frames = traceback.extract_tb(cause.__traceback__)
+            # the innermost line of the user's own code, if there is any
+            libraries = ("site-packages", str(Path(__file__).parent))
+            own = [frame for frame in frames if not any(library in frame.filename for library in libraries)]
+            frame = (own or frames)[-1]
             reason = str(cause).splitlines()[0] if str(cause) else "no message"
             raise UserError(
                 f"{type(cause).__name__} at {Path(frame.filename).name}:{frame.lineno}: {reason}"
@@ -197,6 +204,9 @@ def check_trainer(settings: Any) -> None:
             raise UserError(f"trainer.{key}: there is no {key} {value}{nearest(value, valid)}")
     if isinstance(settings.devices, str) and not re.fullmatch(r"auto|-1|[0-9, ]+", settings.devices):
         raise UserError(f"trainer.devices is {settings.devices}; it must be auto, a number, or a list of numbers")
+    for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
+        if settings[key] is not None and settings[key] < 1:
+            raise UserError(f"trainer.{key} is {settings[key]}; it must be at least 1")
     wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])
     if isinstance(settings.accelerator, str) and not set(wanted) & set(found):
         raise UserError(
@@ -245,6 +255,8 @@ def config_path(name: str) -> Path:
     Raises:
         UserError: If there is no such file or recipe, or it is not a YAML mapping.
     """
+    if not name:
+        raise UserError("--config needs a value")
     path = Path(name)
     is_path = path.suffix or os.sep in name or (path.exists() and name not in all_names())
     if not is_path:

@@ -83,8 +83,8 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
     # unrecognized arguments: --trainer.max_epoch 3
     if match := re.search(r"unrecognized arguments: (\S+)", reason):
         word = match[1].partition("=")[0]
-        if word.startswith("--"):
-            return f"there is no option {word}{_nearest_key(word, _keys(parser), '--')}"
+        if word.startswith(("-", "–", "—")):  # some editors make a dash of two hyphens
+            return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), _keys(parser), '--')}"
         if word in (*recipe_names(), *recipe_names("overlays")) or word.endswith((".yaml", ".yml")):
             return f"{word!r} stands alone; did you mean '--config {word}'?"
         return f"{word!r} stands alone; a value follows its --KEY"
@@ -97,7 +97,10 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
     # Option 'optimzer.class_path' is not accepted
     if match := re.match(r"Option '([^']+)' is not accepted", reason):
         if re.fullmatch(r"lightning\.(LightningModule|LightningDataModule|Callback)", problem.class_path):
-            return f"{key} holds {match[1]!r}{place}; it must hold class_path and init_args, and nothing else"
+            if match[1] == "class_path":
+                return f"{key} holds more than class_path and init_args{place}"
+            hint = f"write class_path and init_args, or --{key} CLASS first"
+            return f"{key} holds {match[1]!r}, but no class{place}; {hint}"
         wrong = ".".join([*([key] if key else []), match[1].partition(".")[0]])
         keys = [f"{key}.{name}" for name in _parameters(problem.class_path)] if key else _keys(parser)
         return f"there is no key {wrong}{_place(wrong, args)}{_nearest_key(wrong, keys)}"
@@ -120,7 +123,7 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
         return f"{key} is {match[1] or problem.value}{place}, which is not a subclass of {match[2]}"
 
     # No module named 'mine', of the class_path mine.Mine
-    if match := re.match(r"No module named '([\w.]+)'", reason):
+    if (match := re.match(r"No module named '([\w.]+)'", reason)) and problem.class_path.startswith(match[1]):
         hint = "python -m lit_basics finds modules in the working directory"
         return f"{key}: there is no module {match[1]} for {problem.class_path}{place}; {hint}"
 
@@ -133,13 +136,17 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
     if match := re.match(r"argument (?:\S*/)?(--\S+): expected", reason):
         return f"{match[1]} needs a value"
 
-    # Expected a <class 'int'>; Expected a typing.Literal['tanh', 'relu']
+    # Expected a <class 'int'> or Expected a typing.Literal['tanh', 'relu']
     if kinds := _kinds(problem.reasons):
         value = problem.value if len(problem.value) <= 80 else problem.value[:77] + "..."
+        value = value or "empty"
         return f"{key} is {value}{place}; it must be {' or '.join(kinds)}"
 
+    # such as: invalid syntax (mine.py, line 3), of the class_path mine.Mine
+    if key:
+        return f"{key}{f' {problem.class_path}' if problem.class_path else ''}: {reason}{place}"
     files = f" (in {' or '.join(_files(args))})" if _files(args) else ""
-    return f"{key}: {reason}{place}" if key else f"{reason.splitlines()[0]}{files}"
+    return f"{reason.splitlines()[0]}{files}"
 
 
 def _read(message: str) -> _Problem:
@@ -193,7 +200,7 @@ def _kinds(reasons: list[str]) -> list[str]:
         if reason.startswith("Expected a dot import path"):
             continue  # beside a number: torch.optim's lr may be a tensor
         if match := re.match(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", reason):
-            kinds.append(match[1])
+            kinds.append({"Sequence": "a list such as [1, 2]"}.get(match[1], match[1]))
         elif match := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
             kinds.append(f"one of {match[1]}" if not kinds else match[1])
         elif match := re.match(r"Not a valid subclass of (\w+)", reason):
@@ -239,12 +246,11 @@ def _keys(parser: jsonargparse.ArgumentParser) -> list[str]:
 def _nearest_key(wrong: str, keys: list[str], prefix: str = "") -> str:
     """Return a suggestion for a key whose end, or beginning, may be missing.
 
-    >>> _nearest_key("--max_epoch", ["trainer.max_epochs", "trainer.max_steps"], "--")
+    >>> _nearest_key("max_epoch", ["trainer.max_epochs", "trainer.max_steps"], "--")
     "; did you mean '--trainer.max_epochs'?"
     >>> _nearest_key("data.batchsize", ["data.batch_size", "data.seed"])
     "; did you mean 'data.batch_size'?"
     """
-    wrong = wrong.removeprefix("--")
     parent, _, last = wrong.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
     others = [key for key in [*_COMMON, *keys] if key not in siblings.values()]

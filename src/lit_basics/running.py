@@ -20,6 +20,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
+from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import DurableCheckpointIO, load_checked
@@ -98,6 +99,9 @@ def fit(command: str, args: list[str]) -> None:
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
+    except Preempted:
+        print(f"\nstopped by a signal, the state is saved; go on with --resume {directory}", file=sys.stderr)
+        raise
     except SystemExit as error:  # Lightning's way to leave after Ctrl-C
         if trainer is None or not trainer.interrupted:
             raise
@@ -178,7 +182,8 @@ def make_trainer(config: Config, directory: Path, resumed: bool) -> pl.Trainer:
         if config.config.best_checkpoint:
             callbacks.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
         if config.config.last_checkpoint:
-            callbacks.append(LastCheckpoint(checkpoints))
+            last = LastCheckpoint(checkpoints)
+            callbacks += [last, Preemption(last)]
         arguments["enable_checkpointing"] = config.config.best_checkpoint or config.config.last_checkpoint
     callbacks += [RandomState(), _RunFiles(config, directory)]
     if config.optimizer_arguments:

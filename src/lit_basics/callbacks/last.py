@@ -2,18 +2,23 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 MIN_SECONDS = 10.0
 """Epochs shorter than this do not each write a file; the end of training always does."""
+MAX_SECONDS = 300.0
+"""Within an epoch that is longer than this there is a save as well."""
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt``, the whole state at the end of the newest epoch; no metric decides.
+    """Keeps ``last.ckpt``, the whole newest state; no metric decides.
 
-    (``ModelCheckpoint(save_last=True)`` with a monitor writes only when the monitored metric improves.)
+    It is written at the end of an epoch (at most every 10 seconds), every 5 minutes within an epoch, and at
+    the end of training. (``ModelCheckpoint(save_last=True)`` with a monitor writes only when the monitored
+    metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest record.
 
     Args:
         dirpath: Folder of ``last.ckpt``.
@@ -24,17 +29,43 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = 0.0
         self._saved_step = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._saved_at = time.monotonic() - MIN_SECONDS
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if the last save is five minutes old."""
+        # ranks must agree, which costs a message: they ask every 50 batches
+        if (trainer.world_size == 1 or batch_idx % 50 == 0) and at_step_boundary(trainer):
+            self._save_if_older(trainer, MAX_SECONDS)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the last save is less than ten seconds old."""
-        due = time.monotonic() - self._saved_at >= MIN_SECONDS
-        if trainer.strategy.broadcast(due):
-            self._save(trainer)
+        self._save_if_older(trainer, MIN_SECONDS)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state."""
         if self._saved_step != trainer.global_step:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save_if_older(self, trainer: pl.Trainer, seconds: float) -> None:
+        due = time.monotonic() - self._saved_at >= seconds
+        if trainer.strategy.broadcast(due) if trainer.world_size > 1 else due:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save now; on all ranks."""
         trainer.save_checkpoint(self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def at_step_boundary(trainer: pl.Trainer) -> bool:
+    """Return whether a save at the end of this batch would be resumed exactly.
+
+    Lightning does not make up for a validation, or an epoch's end, that was due right after the save.
+    """
+    check = trainer.val_check_batch
+    validates = check not in (None, float("inf")) and (trainer.fit_loop.batch_idx + 1) % int(check) == 0
+    return not trainer.is_last_batch and not validates
