@@ -37,5 +37,5 @@ if __name__ == "__main__":
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data)
-    [results] = trainer.test(module, datamodule=data, verbose=False)
-    print(f"test/acc {results['test/acc']:.3f}")
+    trainer.test(module, datamodule=data)
+    print(f"test/acc {trainer.callback_metrics['test/acc']:.3f}")

@@ -27,7 +27,7 @@ class Regression(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
-def main():
+if __name__ == "__main__":
     pl.seed_everything(0)
     x = torch.randn(1200, 8)
     y = x.square().sum(1, keepdim=True).sqrt()
@@ -45,7 +45,3 @@ def main():
     )
     trainer.fit(Regression(), train, val)
     print(f"best val/loss {best.best_model_score:.4f} in {best.best_model_path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -319,13 +320,15 @@ class LitSupervised(pl.LightningModule):
                 metric.update(predictions, y)
 
     def _log_evaluation(self, stage: str, metrics: nn.ModuleDict) -> None:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
         with warnings.catch_warnings():
             # a rank whose share is empty has nothing to update
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             values = {f"{stage}/{name}": metric.compute() for name, metric in _metrics(metrics)}
         for name, metric in _metrics(metrics):
-            self.log(f"{stage}/{name}", metric, logger=False)
-        if not self.trainer.sanity_checking:
+            # in a fit the rows go to the loggers below, with the number of completed steps
+            self.log(f"{stage}/{name}", metric, logger=not fitting)
+        if fitting and not self.trainer.sanity_checking:
             row = {name: float(value) for name, value in values.items()}
             recorder_of(self.trainer).write(row, self.trainer.global_step)
 

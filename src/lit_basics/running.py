@@ -1,10 +1,8 @@
 """One run of a configuration: its directory, what the command line adds to every run, and its closing words."""
 
 import logging
-import os
 import re
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
@@ -30,9 +27,7 @@ from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.recording import recorder_of
 from lit_basics.resuming import OptimizerArguments, check_changes, find_run
-
-_RUN_DIR = "LIT_BASICS_RUN_DIR"
-"""Carries the run's directory from rank 0 to the processes that Lightning starts."""
+from lit_basics.run_directory import new_run_directory, remove_traces, share
 
 
 def run(command: str, args: list[str]) -> None:
@@ -54,7 +49,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _is_user_error(error: Exception) -> bool:
     # what torch finds out only in the first step, and Lightning when it looks for devices
-    patterns = r"does not support (dense|sparse)|sparse gradients|Target .* is out of bounds|No supported gpu"
+    patterns = r"does not support (dense|sparse)|sparse gradients|Target .* is out of bounds|Early stopping conditioned on metric|No supported gpu"
     return bool(re.search(patterns, str(error)))
 
 
@@ -64,6 +59,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own, on new torch
+        r".*`max_epochs` was not set",
         r".*does not have many workers",  # the arrays are in memory
         r".*number of training batches .* is smaller than the logging interval",  # rows come from the recorder
         r".*Checkpoint directory .* exists and is not empty",
@@ -79,23 +75,27 @@ def fit(command: str, args: list[str]) -> None:
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     if found is None:
         config = Config(args)
-        directory = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
+        if config.config.ckpt_path is not None:
+            config.config.ckpt_path = str(_checkpoint(config.config.ckpt_path, None))
+        directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
         if resume is not None:
             print(f"there is no run to resume: starting afresh in {directory}")
     else:
-        directory, checkpoint = found
+        (directory, checkpoint), made = found, []
         config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
         config.optimizer_arguments = check_changes(
             yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict()
         )
         config.config.ckpt_path = str(checkpoint)
-        os.environ[_RUN_DIR] = str(directory.resolve())
+        share(directory)
     trainer = None
     try:
         config.prepare_loggers(directory)
         config.build()
-        trainer = make_trainer(config, directory, resumed=found is not None)
         ckpt_path = config.config.ckpt_path
+        if ckpt_path:
+            load_weights(config.model, Path(ckpt_path))  # Lightning loads them again; this refuses a wrong file
+        trainer = make_trainer(config, directory, resumed=found is not None)
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
@@ -109,7 +109,7 @@ def fit(command: str, args: list[str]) -> None:
         raise KeyboardInterrupt from error
     except Exception:
         if found is None and (trainer is None or not trainer.global_step):
-            _remove_traces(directory)
+            remove_traces(directory, made)
         raise
     finally:
         wandb = sys.modules.get("wandb")
@@ -133,13 +133,7 @@ def evaluate(command: str, args: list[str]) -> None:
     config = Config(args)
     path = _checkpoint(config.config.ckpt_path, directory)
     config.build()
-    checkpoint = load_checked(path)
-    try:
-        config.model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} is a checkpoint of another model than {type(config.model).__name__}: {_first_key(error)}"
-        ) from error
+    load_weights(config.model, path)
     arguments = {**config.trainer_arguments, "logger": False, "enable_checkpointing": False}
     trainer = pl.Trainer(**_with_progress_bar(arguments))
     if command == "predict":
@@ -248,57 +242,6 @@ def without_configs(args: list[str]) -> list[str]:
     ]
 
 
-def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) -> Path:
-    """Return a new run's directory: the chosen one, which must not hold a run, or one named by date and time.
-
-    Raises:
-        UserError: If the chosen one holds a run, or none can be made.
-    """
-    if _RUN_DIR in os.environ and int(os.environ.get("LOCAL_RANK", 0)):
-        return Path(os.environ[_RUN_DIR])
-    directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
-        return directory
-    stamp, count = directory, 1
-    try:
-        while True:
-            try:
-                directory.mkdir(parents=True, exist_ok=chosen is not None)
-                break
-            except FileExistsError:
-                if chosen is not None:
-                    raise
-                count += 1
-                directory = stamp.with_name(f"{stamp.name}-{count}")
-        if not may_exist and any((directory / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
-            raise UserError(
-                f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
-            )
-        with replace_file(directory / ".writable"):
-            pass
-        (directory / ".writable").unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"the run directory {directory} cannot be written: {reason}; choose one by --run_dir"
-        ) from error
-    os.environ[_RUN_DIR] = str(directory.resolve())
-    return directory
-
-
-def _remove_traces(directory: Path) -> None:
-    """Remove what a run that made no step has left, so that the same command can be given again."""
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
-        return
-    for name in ("config.yaml", "metrics.csv"):
-        (directory / name).unlink(missing_ok=True)
-    for folder in (directory, *directory.parents[:2]):
-        try:
-            folder.rmdir()
-        except OSError:  # not empty, or not ours
-            break
-
-
 def _option(args: list[str], name: str) -> str | None:
     value = None
     for i, word in enumerate(args):
@@ -319,6 +262,21 @@ def _checkpoint(chosen: str | None, directory: str | None) -> Path:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     return path
+
+
+def load_weights(model: pl.LightningModule, path: Path) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        UserError: If the file is no checkpoint, is damaged, or is of another model.
+    """
+    checkpoint = load_checked(path)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is a checkpoint of another model than {type(model).__name__}: {_first_key(error)}"
+        ) from error
 
 
 def _first_key(error: Exception) -> str:

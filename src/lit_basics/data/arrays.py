@@ -147,6 +147,8 @@ class ArrayDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
+        if seed < 0:
+            raise UserError(f"seed is {seed}; it must be 0 or more")
         if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
             raise UserError(f"val_size is {val_size}; it must be a fraction in [0, 1) or a number of images")
         for name, value in (("crop", crop), ("cutout", cutout)):
@@ -272,7 +274,7 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
         raise UserError(f"batch_size is {data.batch_size}; it must divide by the {world_size} processes")
     if size < world_size:
         raise UserError(f"{size} samples cannot be shared by {world_size} processes")
-    return EpochOrder(
+    order = EpochOrder(
         size,
         data.batch_size,
         shuffle=shuffle,
@@ -281,6 +283,9 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
         rank=rank,
         world_size=world_size,
     )
+    if not len(order):
+        raise UserError(f"batch_size is {data.batch_size}, but with drop_last {size} samples do not fill one batch")
+    return order
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

@@ -41,7 +41,8 @@ class NpzDataModule(ArrayDataModule):
             UserError: If it is damaged, lacks a key, or holds arrays of a wrong kind.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            # a file of our own: np.load leaves its one open where the content is not a zip
+            with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 missing = [key for key in KEYS if key not in file]
                 if missing:
                     has = ", ".join(file) or "nothing"

@@ -45,6 +45,8 @@ class SyntheticCIFAR10(ArrayDataModule):
         for name, value in (("train_images", train_images), ("test_images", test_images)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if noise < 0:
+            raise UserError(f"noise is {noise}; it must be 0 or more grey levels")
         self.train_images, self.test_images = train_images, test_images
         self.noise, self.image_seed = noise, image_seed
 

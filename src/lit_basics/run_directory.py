@@ -1,0 +1,77 @@
+"""Where a run writes: a directory of its own, the same on all processes."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lit_basics.errors import UserError
+from lit_basics.files import replace_file
+
+_RUN_DIR = "LIT_BASICS_RUN_DIR"
+"""Carries the run's directory from rank 0 to the processes that Lightning starts."""
+
+
+def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) -> tuple[Path, list[Path]]:
+    """Return a new run's directory: the chosen one, which must not hold a run, or one named by date and time.
+
+    Args:
+        chosen: What was typed as ``--run_dir``.
+        name: The recipe's name.
+        may_exist: Whether the chosen one may hold a run.
+
+    Returns:
+        The directory, and the folders that were made for it, the innermost first.
+
+    Raises:
+        UserError: If the chosen one holds a run, or none can be made.
+    """
+    if _RUN_DIR in os.environ and int(os.environ.get("LOCAL_RANK", 0)):
+        return Path(os.environ[_RUN_DIR]), []
+    directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return directory, []
+    stamp, count = directory, 1
+    try:
+        while True:
+            made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+            try:
+                directory.mkdir(parents=True, exist_ok=chosen is not None)
+                break
+            except FileExistsError:
+                if chosen is not None:
+                    raise
+                count += 1
+                directory = stamp.with_name(f"{stamp.name}-{count}")
+        if not may_exist and any((directory / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+            raise UserError(
+                f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
+            )
+        with replace_file(directory / ".writable"):
+            pass
+        (directory / ".writable").unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"the run directory {directory} cannot be written: {reason}; choose one by --run_dir"
+        ) from error
+    share(directory)
+    return directory, made
+
+
+def share(directory: Path) -> None:
+    """Tell the processes that Lightning starts which directory is theirs."""
+    os.environ[_RUN_DIR] = str(directory.resolve())
+
+
+def remove_traces(directory: Path, made: list[Path]) -> None:
+    """Remove what a run that made no step has left, so that the same command can be given again."""
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return
+    for name in ("config.yaml", "metrics.csv"):
+        (directory / name).unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):  # somebody else's files are in it by now
+            folder.rmdir()
