@@ -26,6 +26,14 @@ class Weights(pl.Callback):
             self.after.append(copied(pl_module.net))
 
 
+def epoch_indices(seed, epoch, size):
+    """The documented order of an epoch, written out: a permutation drawn from (seed, epoch) alone."""
+    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    indices = torch.randperm(size, generator=torch.Generator().manual_seed(int(state[0]) >> 1))
+    assert sorted(indices.tolist()) == list(range(size))
+    return indices
+
+
 def copied(module):
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 

@@ -82,6 +82,7 @@ class Config(LightningCLI):
             if not isinstance(seed, bool) and not 0 <= seed < 2**32:
                 raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
             check_trainer(self.config.trainer)
+            use_torchruns_processes(self.config.trainer)
             reset_unwritten(self.config, written_keys(args), {})
         except UserError:
             raise
@@ -90,10 +91,15 @@ class Config(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Leave this to :meth:`build`: the run's directory is decided in between."""
+        self.resolved = self.config
 
     def prepare_loggers(self, directory: Path) -> None:
-        """Keep the loggers' files in the run's directory, and W&B offline where it could not log in."""
-        loggers = self.config.trainer.logger
+        """Keep the loggers' files in the run's directory, and W&B offline where it could not log in.
+
+        In a copy, which only :meth:`build` uses: config.yaml is to hold what was asked for.
+        """
+        self.resolved = self.config.clone()
+        loggers = self.resolved.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if not isinstance(logger, jsonargparse.Namespace) or "init_args" not in logger:
                 continue
@@ -111,7 +117,7 @@ class Config(LightningCLI):
     def build(self) -> None:
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
         try:
-            objects = self.parser.instantiate(self.config)
+            objects = self.parser.instantiate(self.resolved)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
             # where a key may be null, jsonargparse wraps what its class raised into a page of text
             cause: BaseException = error
@@ -146,16 +152,28 @@ class Config(LightningCLI):
 
 def written_keys(args: list[str]) -> set[str]:
     """Return the dotted keys that a config file or a typed option gives, without ``init_args``."""
-    keys = {word.removeprefix("--").partition("=")[0] for word in args if word.startswith("--")}
+    keys: set[str] = set()
 
-    def walk(value: Any, key: str) -> None:
-        keys.add(key)
+    def walk(value: Any, parts: list[str]) -> None:
+        parts = [part for part in parts if part not in ("init_args", "dict_kwargs", "")]
+        keys.add(".".join(parts))
         if isinstance(value, dict):
             for name, inner in value.items():
-                walk(inner, key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".removeprefix("."))
+                walk(inner, [*parts, *str(name).rstrip("+").split(".")])
 
     for name in config_names(args):
-        walk(yaml.safe_load(Path(name).read_text(encoding="utf-8")), "")
+        walk(yaml.safe_load(Path(name).read_text(encoding="utf-8")), [])
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            value = value if equals else following
+            if value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file():
+                value = Path(value).read_text(encoding="utf-8")
+            try:
+                content = yaml.safe_load(value)  # {"class_path": ..., "init_args": ...}, typed as it stands
+            except yaml.YAMLError:
+                content = None
+            walk(content, key.rstrip("+").split("."))
     return keys
 
 
@@ -213,6 +231,17 @@ def check_trainer(settings: Any) -> None:
             f"trainer.accelerator is {settings.accelerator}, but torch finds none on this machine; "
             f"it can be {' or '.join(found)}: --trainer.accelerator {found[0]}"
         )
+
+
+def use_torchruns_processes(settings: jsonargparse.Namespace) -> None:
+    """Train on the processes that torchrun started, where nothing else is said; each would train alone."""
+    world_size, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if "TORCHELASTIC_RUN_ID" not in os.environ or world_size == 1:
+        return
+    if settings.devices == "auto":
+        settings.devices, settings.num_nodes = local, world_size // local
+    if settings.strategy == "auto":
+        settings.strategy = "ddp"
 
 
 def wandb_can_log_in() -> bool:

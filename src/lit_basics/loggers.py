@@ -1,5 +1,6 @@
 """The logger that every run has: ``metrics.csv``."""
 
+import bisect
 import csv
 import io
 from pathlib import Path
@@ -10,17 +11,21 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.files import replace_file
 
+TAIL = 256
+"""Rows that can still be added to."""
+
 
 class MetricsCSV(Logger):
-    """Appends each row of metrics to a CSV file as it comes.
+    """Writes each row of metrics to a CSV file as it comes; a file that is there is replaced.
 
     The first column is ``step``, the number of completed optimizer steps; a metric that a row lacks is empty.
-    Metrics of the same step share a row: the last row is rewritten in place when more of its step comes. A
-    key that is new adds a column, for which the file is rewritten once.
+    Metrics of the same step share a row, and rows stand in the order of their steps: the end of the file is
+    written again when something comes late. A key that is new adds a column, for which the whole file is.
+    (What a module logs by Lightning's ``log`` has Lightning's number, one less than the step it belongs to.)
 
     Args:
         path: The file.
-        resume: Whether to go on in a file that is there; :meth:`cut_back` it first.
+        resume: Whether to go on in a file that is there instead; :meth:`cut_back` it first.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -29,33 +34,44 @@ class MetricsCSV(Logger):
         self.path = path
         self._keys: list[str] = []
         self._file: TextIO | None = None
-        self._step: int | None = None
-        self._row: dict[str, float] = {}
-        self._offset = 0
+        self._tail: list[tuple[int, dict[str, float], int]] = []  # (step, row, offset) of the newest rows
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return self.path.name
+        """Empty: a callback that asks for a folder gets that of the file."""
+        return ""
 
     @property
     def version(self) -> str:
-        """Always empty: a run has one file."""
+        """Empty: a run has one file."""
         return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The file's folder."""
+        return str(self.path.parent)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one row, or add to the last one if it is of the same step."""
+        """Write one row, or add to the row of that step."""
         row = {name: float(value) for name, value in metrics.items() if name != "epoch"}
-        if self._file is not None and step == self._step:
-            row = self._row | row
-            self._file.seek(self._offset)
-            self._file.truncate()
+        step = step or 0
         self._add_columns([key for key in row if key not in self._keys])
         assert self._file is not None
-        self._step, self._row, self._offset = step, row, self._file.tell()
-        csv.writer(self._file, lineterminator="\n").writerow([step, *(row.get(key, "") for key in self._keys)])
+        place = bisect.bisect_left([s for s, _, _ in self._tail], step)
+        if place < len(self._tail):  # not a new row at the end: write the rows from it on again
+            self._file.seek(self._tail[place][2])
+            self._file.truncate()
+        later = self._tail[place:]
+        del self._tail[place:]
+        if later and later[0][0] == step:
+            row = later.pop(0)[1] | row
+        for number, values in [(step, row), *((s, r) for s, r, _ in later)]:
+            self._tail.append((number, values, self._file.tell()))
+            writer = csv.writer(self._file, lineterminator="\n")
+            writer.writerow([number, *(values.get(key, "") for key in self._keys)])
         self._file.flush()
+        del self._tail[:-TAIL]
 
     @rank_zero_only
     def cut_back(self, step: int) -> None:
@@ -95,7 +111,13 @@ class MetricsCSV(Logger):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *self._keys])
-        writer.writerows(rows)
+        self._tail = []
+        for row in rows:
+            values = {key: float(value) for key, value in zip(self._keys, row[1:], strict=True) if value != ""}
+            self._tail.append((int(row[0]), values, text.tell()))
+            writer.writerow(row)
+        del self._tail[:-TAIL]
         with replace_file(self.path) as staged:
             staged.write(text.getvalue().encode())
-        self._file = self.path.open("a", newline="")
+        self._file = self.path.open("r+", newline="")
+        self._file.seek(0, io.SEEK_END)

@@ -5,21 +5,20 @@ by Lightning in automatic optimization and by ``_manual_step`` in manual optimiz
 """
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import nets
+from lit_basics.data.arrays import no_batches
 from lit_basics.errors import UserError
+from lit_basics.hooks import TrainingHooks, step_schedulers
 from lit_basics.optim import LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import recorder_of
 
@@ -67,22 +66,22 @@ class LitSupervised(pl.LightningModule):
         super().__init__()
         if lr_interval not in ("epoch", "step"):
             raise UserError(f"lr_interval is {lr_interval!r}; it must be 'epoch' or 'step'")
-        self._own_training_step = type(self).training_step is not LitSupervised.training_step
-        if self._own_training_step and not automatic_optimization:
-            raise UserError(
-                f"{type(self).__name__} overrides training_step, so automatic_optimization=False cannot apply: "
-                "override compute_loss instead"
-            )
+        self.own_training_step = _overrides(self, "training_step")
+        self.own_optimizers = _overrides(self, "configure_optimizers")
+        for name, instead in (("training_step", "override compute_loss"), ("optimizer_step", "give a scheduler")):
+            if not automatic_optimization and _overrides(self, name):
+                raise UserError(
+                    f"{type(self).__name__} overrides {name}, so automatic_optimization=False cannot apply: "
+                    f"{instead} instead"
+                )
         self.save_hyperparameters(_primitive_arguments(self))
         self.net = net
         self.criterion = criterion
         self.automatic_optimization = automatic_optimization
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
-        self._lr_interval = lr_interval
-        self._lr_monitor = lr_monitor
-        self._means_logged = False
-        self._resumed: dict[str, Any] | None = None
+        self.lr_interval = lr_interval
+        self.lr_monitor = lr_monitor
         metrics = metrics or {}
         self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
         self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
@@ -114,9 +113,12 @@ class LitSupervised(pl.LightningModule):
             raise UserError(f"the optimizer cannot train {type(self.net).__name__}: {error}") from error
         if self._lr_scheduler is None:
             return optimizer
-        scheduler: dict[str, Any] = {"scheduler": self._lr_scheduler(optimizer)}
+        try:
+            scheduler: dict[str, Any] = {"scheduler": self._lr_scheduler(optimizer)}
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"lr_scheduler cannot be made: {error}") from error
         if self.automatic_optimization:  # in manual optimization Lightning ignores these, with a warning
-            scheduler |= {"interval": self._lr_interval, "monitor": self._lr_monitor}
+            scheduler |= {"interval": self.lr_interval, "monitor": self.lr_monitor}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def record(self, name: str, value: Tensor) -> None:
@@ -133,10 +135,16 @@ class LitSupervised(pl.LightningModule):
             name,
             value,
             part=self.trainer.fit_loop.batch_idx,
-            every=self._log_every(),
+            every=self.log_every_n_steps,
         )
 
     # training
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Steps between two rows of the Trainer's loggers."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
+        return every
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Compute and record the loss; in manual optimization, make the update too."""
@@ -150,7 +158,11 @@ class LitSupervised(pl.LightningModule):
     def _manual_step(self, batch: Any, batch_idx: int) -> None:
         accumulate = self.trainer.accumulate_grad_batches
         optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        if isinstance(optimizer, list):
+            raise UserError(
+                f"{type(self).__name__}.configure_optimizers returns {len(optimizer)} optimizers; "
+                "LitSupervised steps one: PairedOptimizer makes one of two"
+            )
 
         def closure() -> Tensor:
             # LBFGS evaluates several times within this step: cached casts of the weights would be stale
@@ -170,122 +182,9 @@ class LitSupervised(pl.LightningModule):
                     closure()
                 return
             optimizer.step(closure)
-        self._step_schedulers("step", plateau=False)
+        step_schedulers(self, "step", plateau=False)
         if self.trainer.is_last_batch:
-            self._step_schedulers("epoch", plateau=False)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients in manual optimization, after the callbacks have seen them unclipped."""
-        self._record_lr(optimizer)
-        if not self.automatic_optimization and self.trainer.gradient_clip_val:
-            self.clip_gradients(
-                optimizer,
-                gradient_clip_val=self.trainer.gradient_clip_val,
-                gradient_clip_algorithm=self.trainer.gradient_clip_algorithm or "norm",
-            )
-
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
-        """Flush the recorder when it is due, and the epoch's means after its last batch."""
-        accumulate = self.trainer.accumulate_grad_batches
-        recorder = recorder_of(self.trainer)
-        stepped = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
-        if self._own_training_step and outputs is not None:
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-            step = self.trainer.global_step + (0 if stepped else 1)
-            every = self._log_every()
-            # Lightning has divided the loss by the number of accumulated batches
-            recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=every)
-        if self.trainer.is_last_batch:
-            self._log_epoch_means()
-        elif stepped:
-            recorder.flush_if_due()
-        self._step_schedulers("step", plateau=True)
-
-    def on_train_epoch_start(self) -> None:
-        """Begin new epoch means."""
-        recorder_of(self.trainer).start_epoch()
-        self._means_logged = False
-
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's means if ``max_steps`` cut the epoch short, and step a plateau scheduler."""
-        if not self._means_logged:
-            self._log_epoch_means()
-        self._step_schedulers("epoch", plateau=True)
-
-    def _log_epoch_means(self) -> None:
-        self._means_logged = True
-        recorder = recorder_of(self.trainer)
-        means = recorder.epoch_means()
-        recorder.write({f"{name}_epoch": mean for name, mean in means.items()}, self.trainer.global_step)
-        # for callback_metrics only: EarlyStopping, checkpoints and plateau schedulers read them there
-        self.log_dict(
-            means,
-            on_step=False,
-            on_epoch=True,
-            logger=False,
-            batch_size=1,
-            sync_dist=self.trainer.world_size > 1,
-        )
-
-    # exact resume
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's means so far, and the gradients of a step that is being accumulated."""
-        if not self.trainer.training:
-            return
-        gradients = {}
-        if (
-            self.trainer.fit_loop.batch_idx + 1
-        ) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
-            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-            # ranks have their own until the step; their mean makes the same step
-            gradients = {
-                name: self.trainer.strategy.reduce(g.clone(), reduce_op="mean") for name, g in gradients.items()
-            }
-        checkpoint["lit_basics"] = {"recorder": recorder_of(self.trainer).state_dict(), "gradients": gradients}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what :meth:`on_save_checkpoint` added until training starts."""
-        self._resumed = checkpoint.get("lit_basics")
-
-    def on_train_start(self) -> None:
-        """Restore it: Lightning has cleared the gradients before."""
-        if self._resumed is None:
-            return
-        state, self._resumed = self._resumed, None
-        recorder_of(self.trainer).load_state_dict(state["recorder"], self.trainer.global_step + 1, self._log_every())
-        for name, gradient in state["gradients"].items():
-            parameter = self.get_parameter(name)
-            parameter.grad = gradient.to(parameter.device)
-
-    def _log_every(self) -> int:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
-        return every
-
-    def _record_lr(self, optimizer: torch.optim.Optimizer) -> None:
-        step, every = self.trainer.global_step + 1, self._log_every()
-        if step % every:
-            return
-        groups = optimizer.param_groups
-        for index, group in enumerate(groups):
-            name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
-            recorder_of(self.trainer).put_host(step, name, float(group["lr"]), every=every)
-
-    def _step_schedulers(self, interval: str, *, plateau: bool) -> None:
-        # what Lightning does in automatic optimization, at the same moments
-        if self.automatic_optimization or interval != self._lr_interval:
-            return
-        for config in self.trainer.lr_scheduler_configs:
-            counter = 1 + (self.trainer.fit_loop.batch_idx if interval == "step" else self.trainer.current_epoch)
-            if isinstance(config.scheduler, ReduceLROnPlateau) != plateau or counter % config.frequency:
-                continue
-            value = self.trainer.callback_metrics.get(self._lr_monitor) if plateau else None
-            if plateau and value is None:
-                raise UserError(
-                    f"ReduceLROnPlateau monitors {self._lr_monitor!r} (lr_monitor), which is not there; "
-                    f"there is {', '.join(self.trainer.callback_metrics) or 'nothing yet'}"
-                )
-            self.lr_scheduler_step(config.scheduler, value)
+            step_schedulers(self, "epoch", plateau=False)
 
     # evaluation
 
@@ -293,17 +192,9 @@ class LitSupervised(pl.LightningModule):
         """Add a batch to the validation loss and metrics."""
         self._evaluate(batch, self.val_metrics)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss`` and ``val/<metric>``."""
-        self._log_evaluation("val", self.val_metrics)
-
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the test loss and metrics."""
         self._evaluate(batch, self.test_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/loss`` and ``test/<metric>``."""
-        self._log_evaluation("test", self.test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the predictions for a batch's inputs."""
@@ -313,47 +204,15 @@ class LitSupervised(pl.LightningModule):
     def _evaluate(self, batch: Any, metrics: nn.ModuleDict) -> None:
         x, y = batch
         predictions = self(x)
-        for name, metric in _metrics(metrics):
-            if name == "loss":
+        for metric in metrics.values():
+            if isinstance(metric, MeanLoss):
                 metric.update(self.criterion(predictions, y), len(y))
-            else:
+            elif isinstance(metric, Metric):
                 metric.update(predictions, y)
 
-    def _log_evaluation(self, stage: str, metrics: nn.ModuleDict) -> None:
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        with warnings.catch_warnings():
-            # a rank whose share is empty has nothing to update
-            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            values = {f"{stage}/{name}": metric.compute() for name, metric in _metrics(metrics)}
-        for name, metric in _metrics(metrics):
-            # in a fit the rows go to the loggers below, with the number of completed steps
-            self.log(f"{stage}/{name}", metric, logger=not fitting)
-        if fitting and not self.trainer.sanity_checking:
-            row = {name: float(value) for name, value in values.items()}
-            recorder_of(self.trainer).write(row, self.trainer.global_step)
-
-    # Lightning's checks
-
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Add the callback that lets manual optimization clip and accumulate."""
-        if self.automatic_optimization or not self.trainer.training:
-            return []
-        return [_ManualOptimizationSettings(self.trainer)]
-
-
-class _ManualOptimizationSettings(pl.Callback):
-    """Hides clipping and accumulation from the Trainer's check, which forbids them in manual optimization.
-
-    Lightning asks the module for callbacks just before the check and calls ``setup`` just after it.
-    """
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._clip, self._accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
-        trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the settings back."""
-        trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._clip, self._accumulate
+        """Return what works around the steps; a subclass that overrides this adds ``super()``'s."""
+        return [TrainingHooks(self)]
 
 
 class LitClassifier(LitSupervised):
@@ -486,10 +345,6 @@ class LitObjective(LitSupervised):
     def __init__(self, objective: nn.Module, **kwargs: Any) -> None:
         super().__init__(net=objective, criterion=nn.Identity(), **kwargs)
 
-    def setup(self, stage: str) -> None:
-        """Switch validation off."""
-        self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
-
     def forward(self) -> Tensor:  # type: ignore[override]
         """Return the objective's value, a scalar."""
         value: Tensor = self.net()
@@ -506,7 +361,7 @@ class LitObjective(LitSupervised):
 
     def val_dataloader(self) -> list[int]:
         """Return nothing to validate on."""
-        return []
+        return no_batches()
 
 
 class MeanLoss(Metric):
@@ -535,8 +390,9 @@ class MeanLoss(Metric):
         return self.total / self.count
 
 
-def _metrics(modules: nn.ModuleDict) -> list[tuple[str, Metric]]:
-    return [(name, metric) for name, metric in modules.items() if isinstance(metric, Metric)]
+def _overrides(module: LitSupervised, name: str) -> bool:
+    """Return whether a subclass has a method ``name`` of its own."""
+    return getattr(type(module), name) is not getattr(LitSupervised, name)
 
 
 def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_basics.errors import UserError
+
 # aliases of our own: lightning.pytorch.cli has the same, but needs jsonargparse at import
 OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
 """Makes an optimizer from an iterable of parameters; a class path and its arguments in YAML."""
@@ -27,14 +29,14 @@ class PairedOptimizer(Optimizer):
         rest: Makes the optimizer of all other parameters.
 
     Raises:
-        ValueError: If there are no 2-D parameters, or no others: one optimizer is enough then.
+        UserError: If there are no 2-D parameters, or no others: one optimizer is enough then.
     """
 
     def __init__(self, params: Iterable[Tensor], matrices: OptimizerCallable, rest: OptimizerCallable) -> None:
         params = list(params)
         flat = [p for p in params if p.ndim != 2]
         if not flat or len(flat) == len(params):
-            raise ValueError(
+            raise UserError(
                 "PairedOptimizer needs both 2-D parameters and others; "
                 f"of {len(params)} parameters {len(params) - len(flat)} are 2-D"
             )

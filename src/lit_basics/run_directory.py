@@ -14,6 +14,10 @@ _RUN_DIR = "LIT_BASICS_RUN_DIR"
 """Carries the run's directory from rank 0 to the processes that Lightning starts."""
 
 
+CONTENTS = ("config.yaml", "metrics.csv", "checkpoints", "best.pth")
+"""What a run leaves in its directory, next to its loggers' files."""
+
+
 def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) -> tuple[Path, list[Path]]:
     """Return a new run's directory: the chosen one, which must not hold a run, or one named by date and time.
 
@@ -45,7 +49,7 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
                     raise
                 count += 1
                 directory = stamp.with_name(f"{stamp.name}-{count}")
-        if not may_exist and any((directory / name).exists() for name in ("config.yaml", "metrics.csv", "checkpoints")):
+        if not may_exist and any((directory / name).exists() for name in CONTENTS):
             raise UserError(
                 f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
             )

@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
@@ -25,6 +26,7 @@ from lit_basics.config import Config, config_names
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
+from lit_basics.recipes import recipe_names
 from lit_basics.recording import recorder_of
 from lit_basics.resuming import OptimizerArguments, check_changes, find_run
 from lit_basics.run_directory import new_run_directory, remove_traces, share
@@ -49,8 +51,13 @@ def run(command: str, args: list[str]) -> None:
 
 def _is_user_error(error: Exception) -> bool:
     # what torch finds out only in the first step, and Lightning when it looks for devices
-    patterns = r"does not support (dense|sparse)|sparse gradients|Target .* is out of bounds|Early stopping conditioned on metric|No supported gpu"
-    return bool(re.search(patterns, str(error)))
+    patterns = (
+        r"does not support (dense|sparse)|sparse gradients",
+        r"Target .* is out of bounds",
+        r"Early stopping conditioned on metric",
+        r"No supported gpu",
+    )
+    return any(re.search(pattern, str(error)) for pattern in patterns)
 
 
 def quiet() -> None:
@@ -107,9 +114,13 @@ def fit(command: str, args: list[str]) -> None:
             raise
         print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
         raise KeyboardInterrupt from error
-    except Exception:
+    except Exception as error:
         if found is None and (trainer is None or not trainer.global_step):
             remove_traces(directory, made)
+            ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
+            if ours and type(error) is RuntimeError:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
     finally:
         wandb = sys.modules.get("wandb")
@@ -134,8 +145,9 @@ def evaluate(command: str, args: list[str]) -> None:
     path = _checkpoint(config.config.ckpt_path, directory)
     config.build()
     load_weights(config.model, path)
-    arguments = {**config.trainer_arguments, "logger": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(**_with_progress_bar(arguments))
+    arguments = _with_progress_bar({**config.trainer_arguments, "logger": False, "enable_checkpointing": False})
+    arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
+    trainer = pl.Trainer(**arguments)
     if command == "predict":
         _predict(trainer, config, Path(directory) if directory else path.parent)
         return
@@ -178,12 +190,15 @@ def make_trainer(config: Config, directory: Path, resumed: bool) -> pl.Trainer:
         if config.config.last_checkpoint:
             last = LastCheckpoint(checkpoints)
             callbacks += [last, Preemption(last)]
-        arguments["enable_checkpointing"] = config.config.best_checkpoint or config.config.last_checkpoint
+        arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     callbacks += [RandomState(), _RunFiles(config, directory)]
     if config.optimizer_arguments:
         callbacks.append(OptimizerArguments(config.optimizer_arguments))
     arguments["plugins"] = _with_durable_checkpoints(arguments["plugins"])
-    return pl.Trainer(**arguments)
+    try:
+        return pl.Trainer(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
 def _with_durable_checkpoints(plugins: Any) -> list[Any]:
@@ -227,8 +242,9 @@ def _with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_name(args: list[str]) -> str:
-    """Return the stem of the first config, else the model's class."""
+    """Return the stem of the first config that is no packaged overlay, else the model's class."""
     names = config_names(args)
+    names = [name for name in names if name not in recipe_names("overlays")] or names
     return Path(names[0]).stem if names else (_option(args, "--model") or "run").rpartition(".")[2]
 
 

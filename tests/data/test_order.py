@@ -46,8 +46,9 @@ def test_order_is_a_function_of_seed_and_epoch():
         order.set_epoch(number)
         epochs.append(epoch(order))
     assert epochs[0] != epochs[1] != epochs[2]
-    order.set_epoch(1)
-    assert epoch(order) == epochs[1]
+    for _ in range(2):
+        order.set_epoch(1)
+        assert epoch(order) == epochs[1]
     assert epoch(EpochOrder(50, 7, shuffle=True, seed=2)) != epochs[0]
 
 

@@ -56,14 +56,6 @@ def test_worked_gradients():
         assert [p.grad.item() for p in objective.parameters()] == gradient
 
 
-def test_gradients_accumulate_until_they_are_zeroed():
-    numbers = torch.tensor([3.0, 5.0], requires_grad=True)
-    numbers.mean().backward()
-    assert numbers.grad.tolist() == [0.5, 0.5]
-    numbers.mean().backward()
-    assert numbers.grad.tolist() == [1.0, 1.0]
-
-
 @pytest.mark.parametrize("manual", [False, True])
 def test_accumulation_is_a_trainer_setting(manual, tmp_path):
     import lightning.pytorch as pl

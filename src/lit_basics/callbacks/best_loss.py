@@ -70,8 +70,8 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
-        if self.monitor not in trainer.callback_metrics:
-            return  # max_steps came before the first validation
+        if self._chosen_monitor is None and self.monitor not in trainer.callback_metrics:
+            self.monitor = "train/loss"  # max_steps came before the first validation
         before = self.best_model_score
         super().on_train_epoch_end(trainer, pl_module)
         self._save_weights(before, trainer, pl_module)

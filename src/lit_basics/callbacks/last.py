@@ -57,6 +57,8 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save now; on all ranks."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
+            return
         trainer.save_checkpoint(self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 

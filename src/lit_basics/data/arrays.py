@@ -77,6 +77,8 @@ class ArrayLoader:
             x = self.inputs[index]
             if self._transform is not None:
                 x = self._transform(x)
+                if self._normalize is not None and x.dtype != torch.uint8:
+                    raise UserError(f"transform returns {x.dtype}; it must keep uint8: normalisation comes after it")
             yield self._augmented(x, batch), self.targets[index]
 
     def _augmented(self, x: Tensor, batch: int) -> Tensor:
@@ -180,8 +182,6 @@ class ArrayDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the arrays, split off the validation images and move all to the accelerator if they fit."""
-        if not self.val_size and self.trainer:
-            self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
         if self._arrays is not None:
             return
         arrays = self.load()
@@ -210,10 +210,11 @@ class ArrayDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ArrayLoader:
         """Return the shuffled, augmented training batches."""
         arrays = self._loaded()
+        overfit = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return ArrayLoader(
             arrays.x_train,
             arrays.y_train,
-            epoch_order(self, len(self._train), shuffle=True),
+            epoch_order(self, len(self._train), shuffle=not overfit),
             indices=self._train,
             normalize=self.normalize,
             transform=self.transform,
@@ -226,7 +227,7 @@ class ArrayDataModule(pl.LightningDataModule):
         """Return the validation batches; an empty list if ``val_size`` is 0."""
         arrays = self._loaded()
         if not len(self._val):
-            return []
+            return no_batches()
         order = epoch_order(self, len(self._val), shuffle=False)
         return ArrayLoader(arrays.x_train, arrays.y_train, order, indices=self._val, normalize=self.normalize)
 
@@ -251,6 +252,12 @@ class ArrayDataModule(pl.LightningDataModule):
             self.setup("fit")
         assert self._arrays is not None
         return self._arrays
+
+
+def no_batches() -> list[Any]:
+    """Return an empty list of batches, and spare the user Lightning's warning that it is empty."""
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    return []
 
 
 def check_batch_size(batch_size: int) -> None:

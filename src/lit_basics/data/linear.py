@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_basics.data.arrays import ArrayLoader, check_batch_size, epoch_order
+from lit_basics.data.arrays import ArrayLoader, check_batch_size, epoch_order, no_batches
 
 
 class LinearDataModule(pl.LightningDataModule):
@@ -33,11 +33,6 @@ class LinearDataModule(pl.LightningDataModule):
         """Return Y, float32 (11,)."""
         return torch.tensor(self.Y)
 
-    def setup(self, stage: str) -> None:
-        """Switch validation off."""
-        if self.trainer:
-            self.trainer.limit_val_batches = 0  # an empty list of batches makes Lightning warn
-
     def train_dataloader(self) -> ArrayLoader:
         """Return the points; in their own order if they make one batch."""
         order = epoch_order(self, len(self.X), shuffle=self.batch_size < len(self.X))
@@ -45,7 +40,7 @@ class LinearDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> list[Any]:
         """Return nothing: there are no points to spare."""
-        return []
+        return no_batches()
 
 
 class EmbeddingDataModule(LinearDataModule):

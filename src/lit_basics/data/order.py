@@ -72,7 +72,7 @@ class EpochOrder:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch`` at the next iteration, unless it is the one that a loaded state stands in."""
-        if epoch != self.epoch:
+        if epoch != self.epoch or not self._resumed:
             self.epoch, self._position, self._resumed = epoch, 0, False
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:

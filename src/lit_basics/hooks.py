@@ -1,0 +1,189 @@
+"""What a :class:`~lit_basics.modules.LitSupervised` does around its steps.
+
+It is a callback of the module's own (``configure_callbacks``), not hooks of the module: a subclass that
+overrides a hook without ``super()`` takes nothing away.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import Metric
+
+from lit_basics.errors import UserError
+from lit_basics.recording import recorder_of
+
+if TYPE_CHECKING:
+    from lit_basics.modules import LitSupervised
+
+
+class TrainingHooks(pl.Callback):
+    """Records losses and learning rates, logs the means, and makes up for what manual optimization lacks.
+
+    Args:
+        module: The module whose callback this is; its Trainer is about to run.
+    """
+
+    def __init__(self, module: LitSupervised) -> None:
+        self.module = module
+        trainer = module.trainer
+        self._manual = not module.automatic_optimization
+        self._settings = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        if self._manual and trainer.state.fn == TrainerFn.FITTING:
+            # Lightning forbids both in manual optimization; it asks for callbacks just before that check
+            trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
+        self._means_logged = False
+        self._resumed: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the settings back: the check is over."""
+        trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
+
+        Raises:
+            UserError: If the module's own ``configure_optimizers`` made a scheduler for manual optimization.
+        """
+        if self._manual and self.module.own_optimizers and trainer.lr_scheduler_configs:
+            raise UserError(
+                f"{type(pl_module).__name__}.configure_optimizers returns a scheduler, whose interval Lightning drops "
+                "in manual optimization: give it as lr_scheduler= and lr_interval= instead"
+            )
+        if self._resumed is None:
+            return
+        state, self._resumed = self._resumed, None
+        every = self.module.log_every_n_steps
+        recorder_of(trainer).load_state_dict(state["recorder"], trainer.global_step + 1, every)
+        for name, gradient in state["gradients"].items():
+            parameter = pl_module.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin new epoch means."""
+        recorder_of(trainer).start_epoch()
+        self._means_logged = False
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Record the learning rate; in manual optimization clip, after callbacks have seen the gradients."""
+        step, every = trainer.global_step + 1, self.module.log_every_n_steps
+        if step % every == 0:
+            groups = optimizer.param_groups
+            for index, group in enumerate(groups):
+                name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
+                recorder_of(trainer).put_host(step, name, float(group["lr"]), every=every)
+        if self._manual:
+            pl_module.configure_gradient_clipping(
+                optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Flush the recorder when it is due, and the epoch's means after its last batch."""
+        recorder = recorder_of(trainer)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self.module.own_training_step and isinstance(loss, torch.Tensor):
+            accumulate = trainer.accumulate_grad_batches
+            stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
+            step = trainer.global_step + (0 if stepped else 1)
+            # Lightning has divided the loss by the number of accumulated batches
+            recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=self.module.log_every_n_steps)
+        if trainer.is_last_batch:
+            self._log_epoch_means(trainer)
+        else:
+            recorder.flush_if_due()
+        step_schedulers(self.module, "step", plateau=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch's means if ``max_steps`` cut the epoch short, and step a plateau scheduler."""
+        if not self._means_logged:
+            self._log_epoch_means(trainer)
+        step_schedulers(self.module, "epoch", plateau=True)
+
+    def _log_epoch_means(self, trainer: pl.Trainer) -> None:
+        self._means_logged = True
+        recorder = recorder_of(trainer)
+        means = recorder.epoch_means()
+        recorder.write({f"{name}_epoch": mean for name, mean in means.items()}, trainer.global_step)
+        # for callback_metrics only: EarlyStopping, checkpoints and plateau schedulers read them there
+        several = trainer.world_size > 1
+        for name, mean in means.items():
+            self.module.log(name, mean, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=several)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log ``val/loss`` and ``val/<metric>``."""
+        self._log_evaluation(trainer, "val", self.module.val_metrics)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log ``test/loss`` and ``test/<metric>``."""
+        self._log_evaluation(trainer, "test", self.module.test_metrics)
+
+    def _log_evaluation(self, trainer: pl.Trainer, stage: str, modules: nn.ModuleDict) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        # a validation_step of a subclass's own may not fill them
+        metrics = {n: m for n, m in modules.items() if isinstance(m, Metric) and m.update_called}
+        with warnings.catch_warnings():
+            # a rank whose share is empty has nothing to update; a Trainer may have no logger
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric|You called `self.log")
+            values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
+            for name, metric in metrics.items():
+                # in a fit the rows go to the loggers below, with the number of completed steps
+                self.module.log(f"{stage}/{name}", metric, logger=not fitting)
+        if fitting and not trainer.sanity_checking:
+            recorder = recorder_of(trainer)
+            recorder.flush_finished()  # the rows of earlier steps come first
+            recorder.write({name: float(value) for name, value in values.items()}, trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the epoch's means so far, and the gradients of a step that is being accumulated."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        gradients = {}
+        if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            # ranks have their own until the step; their mean makes the same step
+            gradients = {
+                name: trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean")
+                for name, parameter in pl_module.named_parameters()
+                if parameter.grad is not None
+            }
+        checkpoint["lit_basics"] = {"recorder": recorder_of(trainer).state_dict(), "gradients": gradients}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep it until training starts."""
+        self._resumed = checkpoint.get("lit_basics")
+
+
+def step_schedulers(module: LitSupervised, interval: str, *, plateau: bool) -> None:
+    """In manual optimization, step the schedulers as Lightning does in automatic, at the same moments.
+
+    Raises:
+        UserError: If a ``ReduceLROnPlateau`` watches what was not logged.
+    """
+    if module.automatic_optimization or interval != module.lr_interval:
+        return
+    trainer, monitor = module.trainer, module.lr_monitor
+    for config in trainer.lr_scheduler_configs:
+        counter = 1 + (trainer.fit_loop.batch_idx if interval == "step" else trainer.current_epoch)
+        if isinstance(config.scheduler, ReduceLROnPlateau) != plateau or counter % config.frequency:
+            continue
+        value = trainer.callback_metrics.get(monitor) if plateau else None
+        if plateau and value is None:
+            raise UserError(
+                f"ReduceLROnPlateau monitors {monitor!r} (lr_monitor), which is not there; "
+                f"there is {', '.join(trainer.callback_metrics) or 'nothing yet'}"
+            )
+        module.lr_scheduler_step(config.scheduler, value)

@@ -1,0 +1,270 @@
+"""A good citizen of Lightning: other people's callbacks, hooks, loggers and Trainer settings."""
+
+import os
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from helpers import fit, metrics
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+
+from lit_basics import LitBlitzNet, LitClassifier, SyntheticCIFAR10, UserError
+from lit_basics.cli import main
+
+SMALL = ("--config", "quickstart", "--data.train_images", "300", "--trainer.log_every_n_steps", "1")
+
+
+class Rows(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+
+def trainer(**settings):
+    defaults = {
+        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False},
+    }
+    return pl.Trainer(**{**defaults, **settings})
+
+
+def data(**options):
+    return SyntheticCIFAR10(60, 20, **{"batch_size": 10, "val_size": 20, **options})
+
+
+class Overriding(LitClassifier):
+    """A subclass that overrides every hook it can, without ``super()``."""
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+    def on_train_epoch_start(self):
+        pass
+
+    def on_train_epoch_end(self):
+        pass
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pass
+
+    def on_validation_epoch_end(self):
+        pass
+
+    def on_train_start(self):
+        pass
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_an_overridden_hook_takes_nothing_away(manual):
+    seen = []
+    for kind in (LitClassifier, Overriding):
+        rows = Rows()
+        model = kind(
+            small_net(),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.9),
+            automatic_optimization=not manual,
+        )
+        fitted = trainer(gradient_clip_val=0.01, logger=rows, log_every_n_steps=1, max_epochs=3)
+        fitted.fit(model, data())
+        seen.append((rows.rows, model.net[1].weight.clone(), fitted.optimizers[0].param_groups[0]["lr"]))
+    assert seen[0][0] == seen[1][0]
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert seen[0][2] == seen[1][2] < 0.1
+
+
+def test_clipping_of_the_users_works_in_manual_mode():
+    class Own(LitClassifier):
+        calls = 0
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            type(self).calls += 1
+
+    trainer().fit(Own(small_net(), automatic_optimization=False), data())
+    assert Own.calls == 8
+
+
+def test_what_manual_mode_cannot_honour_is_refused():
+    class OwnScheduler(LitClassifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return [optimizer], [scheduler]
+
+    class TwoOptimizers(LitClassifier):
+        def configure_optimizers(self):
+            return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]
+
+    class OwnStep(LitClassifier):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+
+    with pytest.raises(UserError, match="give it as lr_scheduler= and lr_interval= instead"):
+        trainer().fit(OwnScheduler(small_net(), automatic_optimization=False), data())
+    with pytest.raises(UserError, match="returns 2 optimizers"):
+        trainer().fit(TwoOptimizers(small_net(), automatic_optimization=False), data())
+    with pytest.raises(UserError, match="overrides optimizer_step"):
+        OwnStep(small_net(), automatic_optimization=False)
+    trainer().fit(OwnScheduler(small_net()), data())
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_training_step_may_skip_a_batch():
+    class Skipping(LitClassifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else self.compute_loss(batch, batch_idx)
+
+    rows = Rows()
+    trainer(logger=rows, log_every_n_steps=1, max_epochs=1).fit(Skipping(small_net()), data())
+    # Lightning counts the skipped batch as a step
+    assert [step for step, row in rows.rows if "train/loss" in row] == [1, 3, 4]
+
+
+def test_what_is_monitored_is_there_in_time():
+    class Watch(pl.Callback):
+        seen = ()
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen = sorted(trainer.callback_metrics)
+
+    watch, stop = Watch(), EarlyStopping("train/loss", patience=0, min_delta=100.0)
+    fitted = trainer(callbacks=[watch, stop], max_epochs=9)
+    fitted.fit(LitClassifier(small_net()), data())
+    assert watch.seen == ["train/loss", "val/acc", "val/loss"]
+    assert fitted.current_epoch == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*shuffling for you")
+def test_overfit_batches_overfits():
+    class Keep(LitClassifier):
+        def compute_loss(self, batch, batch_idx):
+            seen.append(batch[1].tolist())
+            return super().compute_loss(batch, batch_idx)
+
+    seen = []
+    trainer(overfit_batches=1, limit_val_batches=0).fit(Keep(small_net()), data())
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_one_trainer_one_module_and_one_datamodule_serve_again():
+    fitted, model, images = trainer(), LitClassifier(small_net()), data(val_size=0)
+    fitted.fit(model, images)
+    (result,) = fitted.validate(model, data(), verbose=False)
+    assert set(result) == {"val/loss", "val/acc"}
+    (result,) = fitted.test(model, images, verbose=False)
+    assert set(result) == {"test/loss", "test/acc"}
+    orders = []
+    for _ in range(2):
+        again = trainer(max_epochs=1)
+        again.fit(LitClassifier(small_net()), images)
+        orders.append(again.callback_metrics["train/loss"].item())
+    assert orders[0] == orders[1]
+
+
+def test_rows_stand_in_order_whoever_logs(tmp_path):
+    (tmp_path / "logging_module.py").write_text(
+        "from lit_basics import LitLeNet5\n\n\n"
+        "class Logging(LitLeNet5):\n"
+        "    def compute_loss(self, batch, batch_idx):\n"
+        "        loss = super().compute_loss(batch, batch_idx)\n"
+        "        self.log('mine', loss)\n"
+        "        return loss\n"
+    )
+    words = [*SMALL[2:], "--trainer.max_epochs", "2", "--trainer.val_check_interval", "1"]
+    command = [sys.executable, "-m", "lit_basics", "fit", "--model", "logging_module.Logging"]
+    command += ["--data", "SyntheticCIFAR10", *words, "--run_dir", "run"]
+    subprocess.run(command, check=True, capture_output=True)
+    table = metrics("run")  # asserts that no step has two rows
+    assert list(table) == sorted(table)
+    assert all({"val/loss", "train/loss"} <= set(table[step]) for step in range(1, 11))
+    for step in range(10):  # Lightning's own number is one less
+        assert table[step]["mine"] == pytest.approx(table[step + 1]["train/loss"])
+
+
+def test_a_users_modelcheckpoint_works_in_a_run_and_its_test(tmp_path):
+    words = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.max_epochs", "1"]
+    run = fit(*SMALL, *words)
+    assert list((run / "checkpoints").glob("epoch=*.ckpt"))
+    assert main(["test", "--run_dir", str(run)]) == 0
+    off = ["--best_checkpoint", "false", "--last_checkpoint", "false"]
+    assert list((fit(*SMALL, *words, *off, run_dir="off") / "checkpoints").glob("epoch=*.ckpt"))
+
+
+def test_max_steps_before_the_first_validation_still_keeps_a_best(tmp_path, capsys):
+    run = fit(*SMALL, "--trainer.max_steps", "2")
+    assert (run / "best.pth").is_file()
+    assert "best checkpoint" in capsys.readouterr().out
+    assert main(["test", "--run_dir", str(run)]) == 0
+
+
+def test_a_wrong_monitor_is_said(tmp_path):
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from lit_basics import BestLossCheckpoint
+
+    fitted = trainer(enable_checkpointing=True, callbacks=[BestLossCheckpoint(str(tmp_path), monitor="val/losss")])
+    with pytest.raises(MisconfigurationException, match="val/losss"):
+        fitted.fit(LitBlitzNet(), data())
+
+
+def test_a_modelcheckpoint_of_lightnings_may_monitor_our_keys(tmp_path):
+    keep = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
+    trainer(enable_checkpointing=True, callbacks=[keep]).fit(LitClassifier(small_net()), data())
+    assert keep.best_model_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.activation", "relu", "--data.train_images", "100"],
+        ["--model.init_args.activation", "relu", "--data.init_args.train_images", "100"],
+        ["--model.activation=relu", '--data={"class_path":"SyntheticCIFAR10","init_args":{"train_images":100}}'],
+        ["--model.activation=relu", "--data", "data.yaml"],
+        ["--config", "flat.yaml"],
+    ],
+)
+def test_every_spelling_of_a_value_counts(words, tmp_path):
+    (tmp_path / "data.yaml").write_text("class_path: SyntheticCIFAR10\ninit_args:\n  train_images: 100\n")
+    (tmp_path / "flat.yaml").write_text("model.init_args.activation: relu\ndata.init_args.train_images: 100\n")
+    start = ["fit", "--model", "LitLeNet5", "--data", "SyntheticCIFAR10", *words, "--trainer.max_epochs", "1"]
+    assert main([*start, "--run_dir", "run", "--trainer.enable_progress_bar", "false"]) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["activation"] == "relu"
+    assert config["data"]["init_args"]["train_images"] == 100
+
+
+def test_config_yaml_does_not_carry_the_run_directory(tmp_path):
+    pytest.importorskip("tensorboard")
+    short = ["--trainer.max_epochs", "1"]
+    first = fit(*SMALL, "--config", "tensorboard", *short, run_dir="first")
+    assert "first" not in (first / "config.yaml").read_text()
+    before = sorted(first.rglob("*"))
+    second = fit("--config", str(first / "config.yaml"), run_dir="second")
+    assert list((second / "tensorboard").glob("events*"))
+    assert sorted(first.rglob("*")) == before
+
+
+def test_torchrun_alone_trains_on_its_processes_together(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+    words = [*SMALL, "--trainer.max_epochs", "1", "--run_dir", "run", "--trainer.enable_progress_bar", "false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "-m", "lit_basics", "fit", *words], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory: ") == 1
+    assert len(torch.load("run/checkpoints/last.ckpt", weights_only=True)["random_state"]) == 2
