@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_basics.cli import main
 from lit_basics.config import Config
@@ -24,6 +25,24 @@ class Weights(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step > len(self.after):
             self.after.append(copied(pl_module.net))
+
+
+class Rows(DummyLogger):
+    """A logger that keeps the rows that it is given, as (step, metrics)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def table(self):
+        """Return the rows by step, those of a step together."""
+        table = {}
+        for step, row in self.rows:
+            table.setdefault(step, {}).update(row)
+        return table
 
 
 def epoch_indices(seed, epoch, size):

@@ -8,24 +8,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from helpers import fit, metrics
+from helpers import Rows, fit, metrics
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from lit_basics import LitBlitzNet, LitClassifier, SyntheticCIFAR10, UserError
 from lit_basics.cli import main
 
 SMALL = ("--config", "quickstart", "--data.train_images", "300", "--trainer.log_every_n_steps", "1")
-
-
-class Rows(DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
 
 
 def small_net():

@@ -3,22 +3,11 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
+from helpers import Rows
 from torch import nn
 
 from lit_basics import GradientMonitor, LitClassifier, SyntheticCIFAR10
 from lit_basics.recording import ROWS, StepRecorder, recorder_of
-
-
-class Rows(DummyLogger):
-    """Keeps the rows that it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
 
 
 @pytest.fixture
@@ -137,9 +126,7 @@ def test_steps_count_from_one_and_are_complete(rows, manual):
         enable_model_summary=False,
     )
     trainer.fit(model, datamodule=SyntheticCIFAR10(100, 10, batch_size=10, val_size=20))
-    table = {}
-    for step, row in rows.rows:
-        table.setdefault(step, {}).update(row)
+    table = rows.table()
     assert list(table) == list(range(1, 17))
     for row in table.values():
         assert row["train/double"] == pytest.approx(2 * row["train/loss"])

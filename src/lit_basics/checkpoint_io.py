@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -209,3 +210,23 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError("it has no state_dict")
     return checkpoint
+
+
+def load_weights(model: pl.LightningModule, path: Path) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        UserError: If the file is no checkpoint, is damaged, or is of another model.
+    """
+    checkpoint = load_checked(path)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is a checkpoint of another model than {type(model).__name__}: {_first_key(error)}"
+        ) from error
+
+
+def _first_key(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()[1:]]
+    return lines[0][:150] if lines else str(error)

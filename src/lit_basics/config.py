@@ -18,11 +18,13 @@ import jsonargparse
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
+from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, nearest
 from lit_basics.recipes import recipe_names, recipe_path
@@ -36,6 +38,8 @@ class Config(LightningCLI):
 
     optimizer_arguments: dict[str, Any]
     """What a resumed run gives its optimizer anew."""
+    resumed: bool = False
+    """Whether the run goes on where an earlier one stopped."""
 
     def __init__(self, args: list[str]) -> None:
         self.optimizer_arguments = {}
@@ -317,3 +321,27 @@ def config_names(args: list[str]) -> list[str]:
     """Return what was given as ``--config``."""
     names = [args[i + 1] for i, word in enumerate(args[:-1]) if word in ("--config", "-c")]
     return [*names, *(word.removeprefix("--config=") for word in args if word.startswith("--config="))]
+
+
+def option(args: list[str], name: str) -> str | None:
+    """Return the value of a typed option, before the words are parsed."""
+    value = None
+    for i, word in enumerate(args):
+        if word == name and i + 1 < len(args):
+            value = args[i + 1]
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a Trainer's arguments with our progress bar, unless there is another, and without a summary."""
+    callbacks = arguments["callbacks"] or []
+    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if arguments["enable_progress_bar"] is not False and not any(
+        isinstance(callback, LightningProgressBar) for callback in callbacks
+    ):
+        callbacks.append(ProgressBar())
+    if arguments["enable_model_summary"] is None:
+        arguments["enable_model_summary"] = False
+    return {**arguments, "callbacks": callbacks}

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lit_basics.checkpoint_io import load_checked
@@ -64,7 +65,7 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any
                 f"--{short} {value}: the run to resume has {before.get(key)}; start a new run for another net, "
                 "data, order or seed"
             )
-        print(f"resuming with {short} {value} (was {before.get(key)})")
+        rank_zero_only(print)(f"resuming with {short} {value} (was {before.get(key)})")
     return {key.removeprefix(OPTIMIZER): value for key, value in changes.items() if key.startswith(OPTIMIZER)}
 
 

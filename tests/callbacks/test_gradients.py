@@ -3,20 +3,11 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
+from helpers import Rows
 from torch import nn
 
 from lit_basics import GradientMonitor, UserError
 from lit_basics.callbacks.gradients import gradient_norms
-
-
-class Rows(DummyLogger):
-    def __init__(self):
-        super().__init__()
-        self.table = {}
-
-    def log_metrics(self, metrics, step=None):
-        self.table.setdefault(step, {}).update(metrics)
 
 
 class Foreign(pl.LightningModule):
@@ -76,7 +67,7 @@ def fit(module, *callbacks, **settings):
         **settings,
     )
     trainer.fit(module)
-    return rows.table
+    return rows.table()
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

@@ -1,0 +1,70 @@
+"""``validate``, ``test`` and ``predict``: a run's weights on its data."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from lit_basics.checkpoint_io import load_weights
+from lit_basics.config import Config, config_names, option, with_progress_bar
+from lit_basics.errors import UserError
+from lit_basics.files import replace_file
+
+
+def evaluate(command: str, args: list[str]) -> None:
+    """Validate, test or predict with a checkpoint, by default the best of the run in ``--run_dir``."""
+    directory = option(args, "--run_dir")
+    if directory is not None and not config_names(args) and option(args, "--model") is None:
+        saved = Path(directory) / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"--run_dir {directory}: there is no run here (no config.yaml)")
+        args = ["--config", str(saved), *args]
+    config = Config(args)
+    path = checkpoint_path(config.config.ckpt_path, directory)
+    config.build()
+    load_weights(config.model, path)
+    arguments = with_progress_bar({**config.trainer_arguments, "logger": False, "enable_checkpointing": False})
+    arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
+    trainer = pl.Trainer(**arguments)
+    if command == "predict":
+        _predict(trainer, config, Path(directory) if directory else path.parent)
+        return
+    evaluate_method = trainer.validate if command == "validate" else trainer.test
+    evaluate_method(config.model, datamodule=config.datamodule, verbose=False)
+    if trainer.is_global_zero:
+        if not trainer.callback_metrics:
+            raise UserError(f"there is nothing to {command} on: the data has no {command} images")
+        for name, value in sorted(trainer.callback_metrics.items()):
+            print(f"{name} {value:.6g}")
+
+
+def _predict(trainer: pl.Trainer, config: Config, directory: Path) -> None:
+    if trainer.world_size > 1:
+        raise UserError("predict runs in one process: --trainer.devices 1")
+    batches = trainer.predict(config.model, datamodule=config.datamodule)
+    outputs = torch.cat([torch.as_tensor(batch) for batch in batches or []]).float().numpy()
+    arrays = {"outputs": outputs}
+    if outputs.ndim == 2:
+        arrays["classes"] = outputs.argmax(1)
+    with replace_file(directory / "predictions.npz") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    print(f"predictions: {directory / 'predictions.npz'}")
+
+
+def checkpoint_path(chosen: str | None, directory: str | None) -> Path:
+    """Return the file that ``--ckpt_path`` means: a path, or ``best`` or ``last`` of a run's directory.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if chosen in (None, "best", "last"):
+        if directory is None:
+            raise UserError("which weights? Name a run by --run_dir D or a checkpoint by --ckpt_path P")
+        path = Path(directory) / "checkpoints" / f"{chosen or 'best'}.ckpt"
+    else:
+        path = Path(str(chosen))
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    return path

@@ -1,0 +1,162 @@
+"""``fit``: a new or a resumed run, with what the command line adds to every run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from lit_basics.callbacks.best_loss import BestLossCheckpoint
+from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
+from lit_basics.callbacks.preemption import Preempted, Preemption
+from lit_basics.callbacks.random_state import RandomState
+from lit_basics.checkpoint_io import DurableCheckpointIO, load_weights
+from lit_basics.config import Config, config_names, option, with_progress_bar
+from lit_basics.errors import UserError
+from lit_basics.evaluating import checkpoint_path
+from lit_basics.files import replace_file
+from lit_basics.loggers import MetricsCSV
+from lit_basics.recipes import recipe_names
+from lit_basics.recording import recorder_of
+from lit_basics.resuming import OptimizerArguments, check_changes, find_run
+from lit_basics.run_directory import new_run_directory, remove_traces, share
+
+
+def fit(args: list[str]) -> None:
+    """Train: everything that the run writes goes into its directory."""
+    config, directory, made = _new_or_resumed(args)
+    trainer = None
+    try:
+        config.prepare_loggers(directory)
+        config.build()
+        ckpt_path = config.config.ckpt_path
+        if ckpt_path:
+            load_weights(config.model, Path(ckpt_path))  # Lightning loads them again; this refuses a wrong file
+        trainer = make_trainer(config, directory)
+        trainer.fit(
+            config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
+        )
+    except Preempted:
+        print(f"\nstopped by a signal, the state is saved; go on with --resume {directory}", file=sys.stderr)
+        raise
+    except SystemExit as error:  # Lightning's way to leave after Ctrl-C
+        if trainer is None or not trainer.interrupted:
+            raise
+        print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
+        raise KeyboardInterrupt from error
+    except Exception as error:
+        if not config.resumed and (trainer is None or not trainer.global_step):
+            remove_traces(directory, made)
+            ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
+            if ours and type(error) is RuntimeError:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
+        raise
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()  # or the next run of this process would go on in this one
+    if trainer.is_global_zero:
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
+        print(f"run directory: {directory}")
+        if best is not None and best.best_model_score is not None:
+            print(f"best checkpoint: {best.best_model_path} ({best.monitor} {best.best_model_score.item():.4g})")
+
+
+def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
+    """Return the configuration, the run's directory and the folders that were made for it."""
+    resume, run_dir = option(args, "--resume"), option(args, "--run_dir")
+    found = find_run(resume, run_dir, run_name(args)) if resume else None
+    if found is None:
+        config = Config(args)
+        if config.config.ckpt_path is not None:
+            config.config.ckpt_path = str(checkpoint_path(config.config.ckpt_path, None))
+        directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
+        if resume is not None:
+            print(f"there is no run to resume: starting afresh in {directory}")
+    else:
+        (directory, checkpoint), made = found, []
+        config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
+        config.optimizer_arguments = check_changes(
+            yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict()
+        )
+        config.config.ckpt_path = str(checkpoint)
+        config.resumed = True
+        share(directory)
+    return config, directory, made
+
+
+def run_name(args: list[str]) -> str:
+    """Return the stem of the first config that is no packaged overlay, else the model's class."""
+    names = config_names(args)
+    names = [name for name in names if name not in recipe_names("overlays")] or names
+    return Path(names[0]).stem if names else (option(args, "--model") or "run").rpartition(".")[2]
+
+
+def without_configs(args: list[str]) -> list[str]:
+    """Return ``args`` without ``--config`` and its values: a resumed run has its own."""
+    flags = ("--config", "-c")
+    return [
+        word
+        for before, word in zip(["", *args], args, strict=False)
+        if word not in flags and before not in flags and not word.startswith("--config=")
+    ]
+
+
+def make_trainer(config: Config, directory: Path) -> pl.Trainer:
+    """Return the Trainer of a training run, with what every run gets beside the configured callbacks."""
+    arguments = with_progress_bar(dict(config.trainer_arguments))
+    arguments["default_root_dir"] = arguments["default_root_dir"] or str(directory)
+    logger = arguments["logger"]
+    loggers = [] if logger in (None, True, False) else list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    if config.config.metrics_csv:
+        loggers.append(MetricsCSV(directory / "metrics.csv", resume=config.resumed))
+    arguments["logger"] = loggers or False
+    callbacks = arguments["callbacks"]
+    if arguments["enable_checkpointing"] is not False:
+        checkpoints = str(directory / "checkpoints")
+        if config.config.best_checkpoint:
+            callbacks.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
+        if config.config.last_checkpoint:
+            last = LastCheckpoint(checkpoints)
+            callbacks += [last, Preemption(last)]
+        arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    callbacks += [RandomState(), _RunFiles(config, directory)]
+    if config.optimizer_arguments:
+        callbacks.append(OptimizerArguments(config.optimizer_arguments))
+    arguments["plugins"] = _with_durable_checkpoints(arguments["plugins"])
+    try:
+        return pl.Trainer(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def _with_durable_checkpoints(plugins: Any) -> list[Any]:
+    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+        given.append(DurableCheckpointIO(min_seconds=MIN_SECONDS))
+    return given
+
+
+class _RunFiles(pl.Callback):
+    """Writes the configuration when training starts, and the last rows when it fails."""
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        self.config, self.directory = config, directory
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.cut_back(trainer.global_step)
+        if trainer.is_global_zero:
+            with replace_file(self.directory / "config.yaml") as file:
+                file.write(self.config.to_yaml().encode())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.to_dict())
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
+            recorder_of(trainer).flush()
