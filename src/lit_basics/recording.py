@@ -1,9 +1,9 @@
 """Scalars of the training steps, kept on the device and brought to the loggers in one transfer a flush.
 
-``LightningModule.log`` costs about 190 µs a call and, on the progress bar, one host sync a step. A
-``StepRecorder`` writes each scalar into a preallocated device row instead (one copy kernel, no sync), and
-hands full rows to the Trainer's loggers. Each Trainer has one recorder, shared by the module and the
-callbacks, so that everything known of step n arrives in one row.
+``LightningModule.log`` walks through all of a metric's attributes at every call and, on the progress bar, waits
+for the device at every step. A ``StepRecorder`` writes each scalar into a preallocated device row instead (one
+copy, no wait), and hands full rows to the Trainer's loggers. Each Trainer has one recorder, shared by the module
+and the callbacks, so that everything known of step n arrives in one row.
 """
 
 import time

@@ -138,3 +138,14 @@ def test_short_epochs_do_not_each_write_a_file(tmp_path):
     fitted.fit(LitBlitzNet(), datamodule=data(val_size=0))
     assert len(saves) == 2  # the first epoch's and the last state
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 80
+
+
+def test_best_weights_are_written_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    from lit_basics.callbacks import best_loss
+
+    writes, replace_file = [], best_loss.replace_file
+    monkeypatch.setattr(best_loss, "replace_file", lambda path: (writes.append(path), replace_file(path))[1])
+    run = fit("--config", "linear", "--trainer.max_epochs", "30")  # every epoch has a lower loss
+    assert len(writes) == 2
+    saved = torch.load(run / "best.pth", weights_only=True)
+    assert saved["w"].item() == metrics(run)[30]["param/w"]

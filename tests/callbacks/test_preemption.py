@@ -42,6 +42,9 @@ def check(whole, run):
     )
     assert_equal(newest, expected)
     assert metrics(run) == metrics(whole)
+    assert_equal(*(torch.load(r / "best.pth", weights_only=True) for r in (run, whole)))
+    bests = [torch.load(r / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] for r in (run, whole)]
+    assert bests[0] == bests[1]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])

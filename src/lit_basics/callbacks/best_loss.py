@@ -1,5 +1,7 @@
 """The checkpoint of the lowest loss."""
 
+import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lit_basics.callbacks.last import MIN_SECONDS
+from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.files import replace_file
 
 
@@ -16,9 +20,10 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     ``best.pth`` is the ``state_dict`` of ``module.net`` if there is one, else of the module; it loads in bare
     torch. The loss is a mean over the validation set, or, without validation, over the epoch's training
-    steps; never that of one batch. A loss that is NaN or infinite is never the best. Files are written when
-    the loss falls, so they cannot change with the live weights, and the record goes on when a run is resumed,
-    in another directory as well.
+    steps; never that of one batch. A loss that is NaN or infinite is never the best. What is kept is a copy,
+    taken when the loss falls: it cannot change with the live weights. ``best.pth`` is written at most every ten
+    seconds, before any other checkpoint and at the end. The record goes on when a run is resumed, in another
+    directory as well.
 
     Args:
         dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
@@ -39,6 +44,9 @@ class BestLossCheckpoint(ModelCheckpoint):
         )
         self._chosen_monitor = monitor
         self._weights_path = weights_path
+        self._held: dict[str, Tensor] | None = None
+        self._written_at = float("-inf")
+        self._saving = False
 
     @property
     def state_key(self) -> str:
@@ -64,26 +72,54 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the validation's loss is the lowest."""
-        before = self.best_model_score
+        before, self._saving = self.best_model_score, True
         super().on_validation_end(trainer, pl_module)
-        self._save_weights(before, trainer, pl_module)
+        self._saving = False
+        self._keep_weights(before, trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
         if self._chosen_monitor is None and self.monitor not in trainer.callback_metrics:
             self.monitor = "train/loss"  # max_steps came before the first validation
-        before = self.best_model_score
+        before, self._saving = self.best_model_score, True
         super().on_train_epoch_end(trainer, pl_module)
-        self._save_weights(before, trainer, pl_module)
+        self._saving = False
+        self._keep_weights(before, trainer, pl_module)
 
-    def _save_weights(self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what is held before another checkpoint holds its record: a resumed run must find it."""
+        if not self._saving:
+            self._write_weights()
+            if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+                trainer.strategy.checkpoint_io.flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write weights that are held."""
+        super().on_train_end(trainer, pl_module)
+        self._write_weights()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write weights that are held."""
+        super().on_exception(trainer, pl_module, exception)
+        self._write_weights()
+
+    def _keep_weights(self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.best_model_score is before or not trainer.is_global_zero:
             return
         net = getattr(pl_module, "net", None)
         state = (net if isinstance(net, nn.Module) else pl_module).state_dict()
-        state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+        self._held = {name.replace("_orig_mod.", ""): copy.deepcopy(value) for name, value in state.items()}
+        if time.monotonic() - self._written_at >= MIN_SECONDS:
+            self._write_weights()
+
+    def _write_weights(self) -> None:
+        if self._held is None:
+            return
         with replace_file(self.weights_path) as file:
-            torch.save(state, file)
+            torch.save(self._held, file)
+        self._held, self._written_at = None, time.monotonic()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record; Lightning forgets it when the directory changes."""
