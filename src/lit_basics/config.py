@@ -28,6 +28,7 @@ from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, nearest
 from lit_basics.recipes import recipe_names, recipe_path
+from lit_basics.words import config_names
 
 RUN_KEYS = ("run_dir", "ckpt_path", "resume")
 """Options of one run, which its config.yaml does not carry."""
@@ -315,23 +316,6 @@ def config_path(name: str) -> Path:
 def all_names() -> list[str]:
     """Return the names of all recipes and overlays."""
     return [*recipe_names(), *recipe_names("overlays")]
-
-
-def config_names(args: list[str]) -> list[str]:
-    """Return what was given as ``--config``."""
-    names = [args[i + 1] for i, word in enumerate(args[:-1]) if word in ("--config", "-c")]
-    return [*names, *(word.removeprefix("--config=") for word in args if word.startswith("--config="))]
-
-
-def option(args: list[str], name: str) -> str | None:
-    """Return the value of a typed option, before the words are parsed."""
-    value = None
-    for i, word in enumerate(args):
-        if word == name and i + 1 < len(args):
-            value = args[i + 1]
-        elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:

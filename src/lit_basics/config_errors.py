@@ -10,7 +10,6 @@ import importlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +23,7 @@ import lit_basics
 from lit_basics import nets
 from lit_basics.errors import nearest
 from lit_basics.recipes import recipe_names
+from lit_basics.words import config_names
 
 NO_MODEL = (
     "which model? Type lit_basics fit --config quickstart, or name a model and data "
@@ -145,7 +145,7 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
     # such as: invalid syntax (mine.py, line 3), of the class_path mine.Mine
     if key:
         return f"{key}{f' {problem.class_path}' if problem.class_path else ''}: {reason}{place}"
-    files = f" (in {' or '.join(_files(args))})" if _files(args) else ""
+    files = f" (in {' or '.join(config_names(args))})" if config_names(args) else ""
     return f"{reason.splitlines()[0]}{files}"
 
 
@@ -215,13 +215,8 @@ def _place(key: str, args: list[str]) -> str:
     if not key or any(word.partition("=")[0].rstrip("+") == f"--{key}" for word in args):
         return ""
     parts = key.split(".")
-    holding = [file for file in _files(args) if _holds(yaml.safe_load(Path(file).read_text()), parts)]
+    holding = [file for file in config_names(args) if _holds(yaml.safe_load(Path(file).read_text()), parts)]
     return f" (in {holding[-1]})" if holding else ""
-
-
-def _files(args: list[str]) -> list[str]:
-    files = [value for word, value in pairwise(args) if word in ("--config", "-c")]
-    return files + [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
 
 
 def _holds(content: Any, parts: list[str]) -> bool:

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_basics.checkpoint_io import load_weights
-from lit_basics.config import Config, config_names, option, with_progress_bar
+from lit_basics.config import Config, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
+from lit_basics.words import config_names, option
 
 
 def evaluate(command: str, args: list[str]) -> None:

@@ -14,7 +14,7 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import DurableCheckpointIO, load_weights
-from lit_basics.config import Config, config_names, option, with_progress_bar
+from lit_basics.config import Config, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
@@ -23,6 +23,7 @@ from lit_basics.recipes import recipe_names
 from lit_basics.recording import recorder_of
 from lit_basics.resuming import OptimizerArguments, check_changes, find_run
 from lit_basics.run_directory import new_run_directory, remove_traces, share
+from lit_basics.words import config_names, option
 
 
 def fit(args: list[str]) -> None:
