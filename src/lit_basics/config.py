@@ -9,7 +9,6 @@ import netrc
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,9 +25,10 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 import lit_basics
 from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, nearest
+from lit_basics.errors import UserError, nearest, where
+from lit_basics.imports import FLAG, check_functions, import_policy
 from lit_basics.recipes import recipe_names, recipe_path
-from lit_basics.words import config_names
+from lit_basics.words import config_names, taken
 
 RUN_KEYS = ("run_dir", "ckpt_path", "resume")
 """Options of one run, which its config.yaml does not carry."""
@@ -44,6 +44,8 @@ class Config(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.optimizer_arguments = {}
+        # a config cannot widen the list: the flag is typed, and typed again for a resumed run
+        self._allowed, args = taken(args, FLAG)
         for name in lit_basics.__all__:
             getattr(lit_basics, name)  # imported classes are known by their short names
         super().__init__(
@@ -82,7 +84,9 @@ class Config(LightningCLI):
         """Parse the words; everything wrong with them becomes a short message."""
         args = named_configs(args)
         try:
-            self.config = parser.parse_args(args)
+            with import_policy(self._allowed):
+                self.config = parser.parse_args(args)
+                check_functions(self.config, class_defaults)
             seed = self.config.seed_everything
             if not isinstance(seed, bool) and not 0 <= seed < 2**32:
                 raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
@@ -122,7 +126,8 @@ class Config(LightningCLI):
     def build(self) -> None:
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
         try:
-            objects = self.parser.instantiate(self.resolved)
+            with import_policy(self._allowed):
+                objects = self.parser.instantiate(self.resolved)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
             # where a key may be null, jsonargparse wraps what its class raised into a page of text
             cause: BaseException = error
@@ -130,15 +135,7 @@ class Config(LightningCLI):
                 cause = cause.__cause__
             if isinstance(cause, UserError):
                 raise cause from None
-            frames = traceback.extract_tb(cause.__traceback__)
-            # the innermost line of the user's own code, if there is any
-            libraries = ("site-packages", str(Path(__file__).parent))
-            own = [frame for frame in frames if not any(library in frame.filename for library in libraries)]
-            frame = (own or frames)[-1]
-            reason = str(cause).splitlines()[0] if str(cause) else "no message"
-            raise UserError(
-                f"{type(cause).__name__} at {Path(frame.filename).name}:{frame.lineno}: {reason}"
-            ) from error
+            raise UserError(where(cause)) from error
         self.model: pl.LightningModule = objects["model"]
         self.datamodule: pl.LightningDataModule | None = objects.get("data")
         self.trainer_arguments: dict[str, Any] = dict(objects["trainer"])
@@ -148,7 +145,8 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
-        return str(self.parser.dump(config))
+        with import_policy(self._allowed):
+            return str(self.parser.dump(config))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved configuration as plain values."""
@@ -201,10 +199,12 @@ def reset_unwritten(config: jsonargparse.Namespace, written: set[str], defaults:
 
 
 def class_defaults(class_path: str) -> dict[str, Any]:
-    """Return the defaults of a class's arguments."""
+    """Return the defaults of the arguments of a class, or of a function that makes an object."""
     module, _, name = class_path.rpartition(".")
+    target = getattr(importlib.import_module(module), name)
     parser = jsonargparse.ArgumentParser()
-    parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
+    add(target, fail_untyped=False)
     return dict(vars(parser.get_defaults()))
 
 

@@ -1,7 +1,9 @@
 """The one exception that means "the user's input is wrong": a message, exit code 2 and no traceback."""
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -25,3 +27,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(names)}" if 0 < len(names) <= MANY else ""
+
+
+def where(error: BaseException) -> str:
+    """Return an exception's kind, the innermost line of the user's own code it came from, and its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = ("site-packages", str(Path(__file__).parent))
+    own = [frame for frame in frames if not any(library in frame.filename for library in libraries)]
+    reason = str(error).splitlines()[0] if str(error) else "no message"
+    place = f" at {Path((own or frames)[-1].filename).name}:{(own or frames)[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}: {reason}"
