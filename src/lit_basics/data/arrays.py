@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
-from lit_basics.data.order import EpochOrder, generator
+from lit_basics.data.order import EpochOrder, check_batch_size, generator, shared_order
 from lit_basics.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]
@@ -260,16 +260,6 @@ def no_batches() -> list[Any]:
     return []
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch size below 1.
-
-    Raises:
-        UserError: If it is.
-    """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-
-
 def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> EpochOrder:
     """Return the order of a DataModule's samples for this process.
 
@@ -277,22 +267,15 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
         UserError: If the batch or the samples cannot be shared out over the processes.
     """
     rank, world_size = (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
-    if data.batch_size % world_size:
-        raise UserError(f"batch_size is {data.batch_size}; it must divide by the {world_size} processes")
-    if size < world_size:
-        raise UserError(f"{size} samples cannot be shared by {world_size} processes")
-    order = EpochOrder(
+    return shared_order(
         size,
         data.batch_size,
         shuffle=shuffle,
         seed=data.seed,
-        drop_last=shuffle and data.drop_last,
+        drop_last=data.drop_last,
         rank=rank,
         world_size=world_size,
     )
-    if not len(order):
-        raise UserError(f"batch_size is {data.batch_size}, but with drop_last {size} samples do not fill one batch")
-    return order
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

@@ -6,7 +6,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_basics.data.arrays import ArrayLoader, check_batch_size, epoch_order, no_batches
+from lit_basics.data.arrays import ArrayLoader, epoch_order, no_batches
+from lit_basics.data.order import check_batch_size
 
 
 class LinearDataModule(pl.LightningDataModule):

@@ -113,6 +113,37 @@ class EpochOrder:
             UserError: If that was another order: of another size, batch size, world size or seed.
         """
         for name, value in self._shape().items():
-            if state[name] != value:
-                raise UserError(f"the checkpoint's data had {name} {state[name]}, here it is {value}: cannot resume")
+            if (other := state.get(name)) != value:
+                raise UserError(f"the checkpoint's data had {name} {other}, here it is {value}: cannot resume")
         self.epoch, self._position, self._resumed = int(state["epoch"]), int(state["position"]), True
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size below 1.
+
+    Raises:
+        UserError: If it is.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def shared_order(
+    size: int, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool, rank: int, world_size: int
+) -> EpochOrder:
+    """Return this process's order, after a check that it can be shared out.
+
+    Raises:
+        UserError: If the batch or the samples cannot be shared out over the processes, or no batch is full.
+    """
+    if batch_size % world_size:
+        raise UserError(f"batch_size is {batch_size}; it must divide by the {world_size} processes")
+    if size < world_size:
+        raise UserError(f"{size} samples cannot be shared by {world_size} processes")
+    drop_last = shuffle and drop_last
+    order = EpochOrder(
+        size, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
+    )
+    if not len(order):
+        raise UserError(f"batch_size is {batch_size}, but with drop_last {size} samples do not fill one batch")
+    return order
