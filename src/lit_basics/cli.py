@@ -25,6 +25,7 @@ options of fit, validate, test and predict:
   --run_dir D     fit: the run's directory, by default runs/RECIPE/DATE_TIME; else: the run to take
   --resume R      fit: auto goes on with the newest good run; or a run's directory or a checkpoint
   --ckpt_path P   the checkpoint to start from; for validate, test and predict by default the run's best
+  --allow_import P  let a config name what lies in the package P, beside the libraries of training
   --KEY VALUE     any setting, such as --trainer.max_epochs 3, --model.optimizer Adam or --data.batch_size 64
   --help          all settings
 

@@ -22,6 +22,7 @@ import yaml
 import lit_basics
 from lit_basics import nets
 from lit_basics.errors import nearest
+from lit_basics.imports import FLAG
 from lit_basics.recipes import recipe_names
 from lit_basics.words import config_names
 
@@ -73,6 +74,18 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
     problem = _read(message)
     key, reason = problem.key, problem.reasons[0] if problem.reasons else message.strip()
     place = _place(key, args)
+
+    # Importing 'mine.Mine' is not allowed, denied by the '*' entry of the import path denylist
+    match = re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)' entry", message)
+    others = [kind for kind in _kinds(problem.reasons) if not kind.startswith("a class of")]
+    if match and not (others and problem.value == match[1] and not list(_classes(key))):  # a number is likelier meant
+        package = match[1].partition(".")[0]
+        hint = (
+            f"; if you trust {package}, type {FLAG} {package} (python -m lit_basics allows the modules in the working "
+            "directory)"
+        )
+        theirs = match[2] != "*" or package in ("torch", "torchvision", "builtins")
+        return f"{key}: a config may not name {match[1]}{place}{'' if theirs else hint}"
 
     # the following arguments are required: model
     if match := re.search(r"arguments are required: (.+)", reason):

@@ -1,5 +1,7 @@
 """The words of the command line, looked at before they are parsed."""
 
+from lit_basics.errors import UserError
+
 
 def config_names(args: list[str]) -> list[str]:
     """Return what was given as ``--config``."""
@@ -16,3 +18,26 @@ def option(args: list[str], name: str) -> str | None:
         elif word.startswith(f"{name}="):
             value = word.partition("=")[2]
     return value
+
+
+def taken(args: list[str], name: str) -> tuple[list[str], list[str]]:
+    """Return all values of a typed option, and the words without it.
+
+    >>> taken(["--a", "1", "--b", "2", "--a=3"], "--a")
+    (['1', '3'], ['--b', '2'])
+
+    Raises:
+        UserError: If a value is missing.
+    """
+    values, rest = [], []
+    words = iter(args)
+    for word in words:
+        if word == name:
+            values.append(next(words, ""))
+        elif word.startswith(f"{name}="):
+            values.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    if "" in values:
+        raise UserError(f"{name} needs a value")
+    return values, rest
