@@ -32,6 +32,8 @@ _PUBLIC = {
     "LitSupervised": "modules",
     "LossReport": "callbacks.report",
     "MetricsCSV": "loggers",
+    "NonFiniteError": "callbacks.non_finite",
+    "NonFiniteGuard": "callbacks.non_finite",
     "NpzDataModule": "data.npz",
     "PairedOptimizer": "optim",
     "Powers": "nets",

@@ -77,6 +77,7 @@ class Config(LightningCLI):
             ("metrics_csv", "write metrics.csv"),
             ("best_checkpoint", "keep checkpoints/best.ckpt and best.pth"),
             ("last_checkpoint", "keep checkpoints/last.ckpt"),
+            ("non_finite_guard", "stop at a value that is NaN or infinite"),
         ):
             parser.add_argument(f"--{name}", type=bool, default=True, help=what)
 

@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
+from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import DurableCheckpointIO, load_weights
@@ -48,6 +50,9 @@ def fit(args: list[str]) -> None:
             raise
         print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
         raise KeyboardInterrupt from error
+    except NonFiniteError as error:
+        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
+        raise SystemExit(1) from error
     except Exception as error:
         if not config.resumed and (trainer is None or not trainer.global_step):
             remove_traces(directory, made)
@@ -65,6 +70,16 @@ def fit(args: list[str]) -> None:
         print(f"run directory: {directory}")
         if best is not None and best.best_model_score is not None:
             print(f"best checkpoint: {best.best_model_path} ({best.monitor} {best.best_model_score.item():.4g})")
+
+
+def _after_non_finite(directory: Path) -> str:
+    last = directory / "checkpoints" / "last.ckpt"
+    if not last.exists():
+        return f"no checkpoint was written before; the rows are in {directory}"
+    return (
+        f"the last good state is {last}; to go on from it with another learning rate: "
+        f"lit_basics fit --resume {directory} --model.optimizer.lr ..."
+    )
 
 
 def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
@@ -117,6 +132,8 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
         loggers.append(MetricsCSV(directory / "metrics.csv", resume=config.resumed))
     arguments["logger"] = loggers or False
     callbacks = arguments["callbacks"]
+    if config.config.non_finite_guard and not any(isinstance(callback, NonFiniteGuard) for callback in callbacks):
+        callbacks.append(NonFiniteGuard())
     if arguments["enable_checkpointing"] is not False:
         checkpoints = str(directory / "checkpoints")
         if config.config.best_checkpoint:

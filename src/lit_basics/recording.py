@@ -6,6 +6,7 @@ copy, no wait), and hands full rows to the Trainer's loggers. Each Trainer has o
 and the callbacks, so that everything known of step n arrives in one row.
 """
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ class StepRecorder:
         self._filled: list[dict[int, tuple[int, int]]] = []
         self._host: list[dict[str, float]] = []
         self._sums: dict[str, tuple[float, int]] = {}
+        self._left_out: set[float] = set()
         self._last_flush = time.monotonic()
         self.latest: dict[str, float] = {}
         """The newest flushed value of each key, for progress bars."""
@@ -139,7 +141,7 @@ class StepRecorder:
                 every_value[name] = value
                 if name in self._averaged:
                     total, n = self._sums.get(name, (0.0, 0))
-                    self._sums[name] = (total + value, n + 1)
+                    self._sums[name] = (total, n) if step in self._left_out else (total + value, n + 1)
                 if step % self._every[column] == 0:
                     metrics[name] = value
             self.write(metrics | host, step)
@@ -161,7 +163,11 @@ class StepRecorder:
     def epoch_means(self) -> dict[str, float]:
         """Return the mean over the epoch's steps of everything given to :meth:`put`; flushes first."""
         self.flush()
-        return {name: total / n for name, (total, n) in self._sums.items()}
+        return {name: total / n if n else math.nan for name, (total, n) in self._sums.items()}
+
+    def leave_out(self, step: float) -> None:
+        """Leave a step that is not made out of the epoch's means; its row stays."""
+        self._left_out.add(step)
 
     def start_epoch(self) -> None:
         """Forget the sums of the last epoch."""

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from lit_basics.checkpoint_io import load_checked
 from lit_basics.errors import UserError
 
-CHANGEABLE = ("trainer.", "metrics_csv", "best_checkpoint", "last_checkpoint")
+CHANGEABLE = ("trainer.", "metrics_csv", "best_checkpoint", "last_checkpoint", "non_finite_guard")
 """Keys, or beginnings of keys, that a resumed run may be given anew."""
 PATHS = ("data.init_args.path", "data.init_args.data_dir", "data.init_args.mirrors", "data.init_args.timeout")
 OPTIMIZER = "model.init_args.optimizer.init_args."

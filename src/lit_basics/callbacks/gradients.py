@@ -38,6 +38,8 @@ class GradientMonitor(pl.Callback):
         if every_n_steps < 1:
             raise UserError(f"every_n_steps is {every_n_steps}; it must be at least 1")
         self.every_n_steps = every_n_steps
+        self.newest: Tensor | None = None
+        """The norm of all gradients as recorded last, for a callback after this one, which sets it to None."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -58,7 +60,9 @@ class GradientMonitor(pl.Callback):
                 names.append(f"grad/norm/{name}")
                 grads.append(parameter.grad)
         if grads:
-            recorder.put_all(step, ["grad/norm", *names], gradient_norms(grads))
+            norms = gradient_norms(grads)
+            recorder.put_all(step, ["grad/norm", *names], norms)
+            self.newest = norms[0]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Flush the epoch's last rows."""
