@@ -24,6 +24,7 @@ options of fit, validate, test and predict:
   --config C      a recipe's name or a YAML file; several are laid over one another
   --run_dir D     fit: the run's directory, by default runs/RECIPE/DATE_TIME; else: the run to take
   --resume R      fit: auto goes on with the newest good run; or a run's directory or a checkpoint
+  --resume_reset  resume with another batch size, data or seed, which begin anew with the next epoch
   --ckpt_path P   the checkpoint to start from; for validate, test and predict by default the run's best
   --allow_import P  let a config name what lies in the package P, beside the libraries of training
   --KEY VALUE     any setting, such as --trainer.max_epochs 3, --model.optimizer Adam or --data.batch_size 64

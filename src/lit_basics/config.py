@@ -30,7 +30,7 @@ from lit_basics.imports import FLAG, check_functions, import_policy
 from lit_basics.recipes import recipe_names, recipe_path
 from lit_basics.words import config_names, taken
 
-RUN_KEYS = ("run_dir", "ckpt_path", "resume")
+RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
 """Options of one run, which its config.yaml does not carry."""
 
 
@@ -72,6 +72,7 @@ class Config(LightningCLI):
         """Add the options of a run, and the switches of what every run gets."""
         parser.add_argument("--run_dir", type=str | None, help="the run's directory")
         parser.add_argument("--resume", type=str | None, help="auto, or the run or checkpoint to go on with")
+        parser.add_argument("--resume_reset", action="store_true", help="resume with other data, order or seed")
         parser.add_argument("--ckpt_path", type=str | None, help="the checkpoint to start from")
         for name, what in (
             ("metrics_csv", "write metrics.csv"),

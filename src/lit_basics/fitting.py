@@ -23,7 +23,7 @@ from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.recipes import recipe_names
 from lit_basics.recording import recorder_of
-from lit_basics.resuming import OptimizerArguments, check_changes, find_run
+from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run
 from lit_basics.run_directory import new_run_directory, remove_traces, share
 from lit_basics.words import config_names, option
 
@@ -97,7 +97,7 @@ def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
         (directory, checkpoint), made = found, []
         config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
         config.optimizer_arguments = check_changes(
-            yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict()
+            yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict(), config.config.resume_reset
         )
         config.config.ckpt_path = str(checkpoint)
         config.resumed = True
@@ -143,6 +143,8 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
             callbacks += [last, Preemption(last)]
         arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     callbacks += [RandomState(), _RunFiles(config, directory)]
+    if config.resumed:
+        callbacks.insert(0, ResumedData(config.config.resume_reset))
     if config.optimizer_arguments:
         callbacks.append(OptimizerArguments(config.optimizer_arguments))
     arguments["plugins"] = _with_durable_checkpoints(arguments["plugins"])

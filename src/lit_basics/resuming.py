@@ -8,12 +8,15 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lit_basics.checkpoint_io import load_checked
+from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
 
 CHANGEABLE = ("trainer.", "metrics_csv", "best_checkpoint", "last_checkpoint", "non_finite_guard")
 """Keys, or beginnings of keys, that a resumed run may be given anew."""
 PATHS = ("data.init_args.path", "data.init_args.data_dir", "data.init_args.mirrors", "data.init_args.timeout")
 OPTIMIZER = "model.init_args.optimizer.init_args."
+RESTORED = ("model.init_args.optimizer.", "model.init_args.lr_", "model.init_args.automatic_optimization")
+"""What the checkpoint's state belongs to, so that no other can take it."""
 
 
 def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] | None:
@@ -50,29 +53,96 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
     return directory, checkpoint
 
 
-def check_changes(saved: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = False) -> dict[str, Any]:
     """Print what differs from the saved configuration; return the new arguments of the optimizer.
 
+    Args:
+        saved: The run's configuration.
+        typed: What it is to be from now on.
+        reset: Whether another net, other data, another order or seed may be tried (``--resume_reset``).
+
     Raises:
-        UserError: If a value differs that the run cannot go on with: net, data, order, seed.
+        UserError: If a value differs that the run cannot go on with.
     """
     before, after = _flat(saved), _flat(typed)
     changes = {key: value for key, value in after.items() if before.get(key) != value}
+    arguments = {}
     for key, value in changes.items():
         short = key.replace(".init_args", "")
-        if not key.startswith((*CHANGEABLE, OPTIMIZER)) and key not in PATHS:
+        was = f"--{short} {value}: the run to resume has {before.get(key)}"
+        if key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER):
+            arguments[key.removeprefix(OPTIMIZER)] = value
+        elif key.startswith(RESTORED):
+            raise UserError(f"{was}, and its state would not fit; start a new run")
+        elif not key.startswith(CHANGEABLE) and key not in PATHS and not reset:
             raise UserError(
-                f"--{short} {value}: the run to resume has {before.get(key)}; start a new run for another net, "
-                "data, order or seed"
+                f"{was}; start a new run for another net, data, order or seed, or add --resume_reset to keep the "
+                "weights and the optimizer and begin the data anew"
             )
         rank_zero_only(print)(f"resuming with {short} {value} (was {before.get(key)})")
-    return {key.removeprefix(OPTIMIZER): value for key, value in changes.items() if key.startswith(OPTIMIZER)}
+    return arguments
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {key: value}
     return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".strip(".")).items()}
+
+
+class ResumedData(pl.Callback):
+    """Holds the data of a resumed run against the checkpoint's, or begins it anew with the next epoch.
+
+    Lightning gives a loader its state back only within an epoch, and says nothing of other data after one. To come
+    before the callbacks that restore the random states and write files.
+
+    Args:
+        reset: Whether to begin the data and the random numbers anew, as ``--resume_reset`` asks for; the weights, the
+            optimizer and the counters are the checkpoint's in any case.
+    """
+
+    def __init__(self, reset: bool) -> None:
+        self.reset = reset
+        self._state: dict[str, Any] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what is known of the data; for a reset, take out all that belongs to a position in it."""
+        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
+        self._state = {"world_size": len(checkpoint.get("random_state", [])) or trainer.world_size}
+        for state in loop.get("combined_loader", []):
+            self._state |= state if isinstance(state, dict) else {}
+        if self.reset:
+            loop.pop("combined_loader", None)
+            for name in ("random_state", "lit_basics"):
+                checkpoint.pop(name, None)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the data; for a reset, print what is different and end the checkpoint's epoch.
+
+        Raises:
+            UserError: If it is other data, and no reset.
+        """
+        loader = trainer.train_dataloader
+        now = {"world_size": trainer.world_size, **(loader.state_dict() if hasattr(loader, "state_dict") else {})}
+        names = ("size", "batch_size", "world_size", "seed")
+        shape = {name: now[name] for name in names if name in self._state and name in now}
+        if not self.reset:
+            check_same_data(self._state, shape)
+            return
+        for name in ("size", "world_size"):  # the others are in the configuration
+            if name in shape and shape[name] != self._state[name]:
+                rank_zero_only(print)(f"resuming with data of {name} {shape[name]} (was {self._state[name]})")
+        loop = trainer.fit_loop
+        for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
+            progress.ready = progress.processed = progress.completed = progress.started
+        loop.restarting = False  # else Lightning would go on at the batch where the checkpoint stands
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+        rank_zero_only(print)(
+            f"--resume_reset: from step {trainer.global_step} on, with the checkpoint's weights and optimizer; the "
+            f"data and the random numbers begin anew with epoch {trainer.current_epoch}"
+        )
 
 
 class OptimizerArguments(pl.Callback):

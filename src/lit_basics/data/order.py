@@ -112,10 +112,22 @@ class EpochOrder:
         Raises:
             UserError: If that was another order: of another size, batch size, world size or seed.
         """
-        for name, value in self._shape().items():
-            if (other := state.get(name)) != value:
-                raise UserError(f"the checkpoint's data had {name} {other}, here it is {value}: cannot resume")
+        check_same_data(state, self._shape())
         self.epoch, self._position, self._resumed = int(state["epoch"]), int(state["position"]), True
+
+
+def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
+    """Refuse a loader's state that was taken over other data.
+
+    Raises:
+        UserError: If a value of ``shape`` is another in ``state``.
+    """
+    for name, value in shape.items():
+        if (other := state.get(name)) != value:
+            raise UserError(
+                f"the checkpoint's data had {name} {other}, here it is {value}: cannot resume; by command, "
+                "--resume_reset keeps the weights and the optimizer and begins the data anew"
+            )
 
 
 def check_batch_size(batch_size: int) -> None:
