@@ -45,6 +45,7 @@ _PUBLIC = {
     "SyntheticCIFAR10": "data.synthetic",
     "UserError": "errors",
     "ValueMonitor": "callbacks.values",
+    "fail_soft": "soft_loggers",
 }
 
 __all__ = sorted(_PUBLIC)

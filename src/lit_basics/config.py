@@ -5,6 +5,7 @@ LightningCLI builds the parser; this adds the recipes' names, the options of a r
 
 import difflib
 import importlib
+import importlib.metadata
 import netrc
 import os
 import re
@@ -19,6 +20,7 @@ import yaml
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -117,7 +119,8 @@ class Config(LightningCLI):
             arguments = logger.init_args
             if arguments.get("save_dir") in (None, "."):
                 arguments.save_dir = str(directory)
-            if logger.class_path.endswith(".WandbLogger") and not arguments.offline and not wandb_can_log_in():
+            is_online_wandb = logger.class_path.endswith(".WandbLogger") and not arguments.offline
+            if is_online_wandb and is_installed("wandb") and not wandb_can_log_in():
                 arguments.offline, arguments.log_model = True, False  # W&B refuses to log models offline
                 rank_zero_only(print)(
                     "no W&B key found: logging offline; to upload the run: "
@@ -129,6 +132,7 @@ class Config(LightningCLI):
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
         try:
             with import_policy(self._allowed):
+                self.resolved.trainer.logger = without_missing(self.resolved.trainer.logger)
                 objects = self.parser.instantiate(self.resolved)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
             # where a key may be null, jsonargparse wraps what its class raised into a page of text
@@ -249,6 +253,35 @@ def use_torchruns_processes(settings: jsonargparse.Namespace) -> None:
         settings.devices, settings.num_nodes = local, world_size // local
     if settings.strategy == "auto":
         settings.strategy = "ddp"
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is there; a folder of its name, such as W&B makes, can be imported too."""
+    return any(importlib.metadata.distributions(name=package))
+
+
+def without_missing(loggers: Any) -> Any:
+    """Return the configured loggers without those whose package is not installed; each is told of on stderr."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(Logger, "logger")
+    kept = []
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, jsonargparse.Namespace):
+            try:
+                wrapped = jsonargparse.Namespace(logger=logger)  # type: ignore[no-untyped-call]
+                logger = parser.instantiate(wrapped).logger
+            except Exception as error:  # any other is raised again, and told of, when all is made
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                if isinstance(cause, ModuleNotFoundError):
+                    name, reason = logger.class_path.rpartition(".")[2], str(cause).splitlines()[0]
+                    rank_zero_only(print)(
+                        f"lit_basics: {name} is left out, the run goes on without it: {reason}", file=sys.stderr
+                    )
+                    continue
+        kept.append(logger)
+    return kept if isinstance(loggers, list) else next(iter(kept), False)
 
 
 def wandb_can_log_in() -> bool:

@@ -24,6 +24,7 @@ def evaluate(command: str, args: list[str]) -> None:
         args = ["--config", str(saved), *args]
     config = Config(args)
     path = checkpoint_path(config.config.ckpt_path, directory)
+    config.config.trainer.logger = False  # not even made: its package may be missing here
     config.build()
     load_weights(config.model, path)
     arguments = with_progress_bar({**config.trainer_arguments, "logger": False, "enable_checkpointing": False})

@@ -25,6 +25,7 @@ from lit_basics.recipes import recipe_names
 from lit_basics.recording import recorder_of
 from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run
 from lit_basics.run_directory import new_run_directory, remove_traces, share
+from lit_basics.soft_loggers import fail_soft, finish_wandb
 from lit_basics.words import config_names, option
 
 
@@ -62,9 +63,7 @@ def fit(args: list[str]) -> None:
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
     finally:
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            wandb.finish()  # or the next run of this process would go on in this one
+        finish_wandb(trainer.loggers if trainer is not None else [])
     if trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
@@ -130,7 +129,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     loggers = [] if logger in (None, True, False) else list(logger) if isinstance(logger, (list, tuple)) else [logger]
     if config.config.metrics_csv:
         loggers.append(MetricsCSV(directory / "metrics.csv", resume=config.resumed))
-    arguments["logger"] = loggers or False
+    arguments["logger"] = [fail_soft(logger) for logger in loggers] or False
     callbacks = arguments["callbacks"]
     if config.config.non_finite_guard and not any(isinstance(callback, NonFiniteGuard) for callback in callbacks):
         callbacks.append(NonFiniteGuard())

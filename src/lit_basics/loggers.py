@@ -1,8 +1,10 @@
 """The logger that every run has: ``metrics.csv``."""
 
 import bisect
+import contextlib
 import csv
 import io
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,18 +61,26 @@ class MetricsCSV(Logger):
         self._add_columns([key for key in row if key not in self._keys])
         assert self._file is not None
         place = bisect.bisect_left([s for s, _, _ in self._tail], step)
+        start = self._tail[place][2] if place < len(self._tail) else self._file.tell()
         if place < len(self._tail):  # not a new row at the end: write the rows from it on again
-            self._file.seek(self._tail[place][2])
+            self._file.seek(start)
             self._file.truncate()
         later = self._tail[place:]
         del self._tail[place:]
         if later and later[0][0] == step:
             row = later.pop(0)[1] | row
-        for number, values in [(step, row), *((s, r) for s, r, _ in later)]:
-            self._tail.append((number, values, self._file.tell()))
-            writer = csv.writer(self._file, lineterminator="\n")
-            writer.writerow([number, *(values.get(key, "") for key in self._keys)])
-        self._file.flush()
+        try:
+            for number, values in [(step, row), *((s, r) for s, r, _ in later)]:
+                self._tail.append((number, values, self._file.tell()))
+                writer = csv.writer(self._file, lineterminator="\n")
+                writer.writerow([number, *(values.get(key, "") for key in self._keys)])
+            self._file.flush()
+        except OSError:  # the disk is full: leave only whole rows
+            with contextlib.suppress(OSError):
+                self.finalize("")
+            self._file = None
+            os.truncate(self.path, start)
+            raise
         del self._tail[:-TAIL]
 
     @rank_zero_only
