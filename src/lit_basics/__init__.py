@@ -42,6 +42,7 @@ _PUBLIC = {
     "Quadratic": "nets",
     "Square": "nets",
     "RandomState": "callbacks.random_state",
+    "ResumableDataLoader": "data.loader",
     "SyntheticCIFAR10": "data.synthetic",
     "UserError": "errors",
     "ValueMonitor": "callbacks.values",
