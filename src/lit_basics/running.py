@@ -10,20 +10,25 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit_basics.errors import UserError
 from lit_basics.evaluating import evaluate
 from lit_basics.fitting import fit
+from lit_basics.launching import ending_with_launcher
+from lit_basics.verification.command import verify_config
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` with the given words.
+    """Run ``fit``, ``verify``, ``validate``, ``test`` or ``predict`` with the given words.
 
     Raises:
         UserError: If the user's input is wrong.
     """
     quiet()
     try:
-        if command == "fit":
-            fit(args)
-        else:
-            evaluate(command, args)
+        with ending_with_launcher():
+            if command == "fit":
+                fit(args)
+            elif command == "verify":
+                verify_config(args)
+            else:
+                evaluate(command, args)
     except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
         raise UserError(str(error)) from error
     except (RuntimeError, IndexError, ValueError) as error:

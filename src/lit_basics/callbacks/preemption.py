@@ -2,15 +2,24 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
+
+SAME_SECONDS = 1.0
+"""Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""
+LAUNCHER_SECONDS = 60.0
+"""How long a process waits for the one that has started it to leave first."""
 
 
 class Preempted(SystemExit):
@@ -21,8 +30,12 @@ class Preemption(Checkpoint):
     """On SIGTERM, SIGINT or SIGUSR1, saves ``last.ckpt`` at the next step boundary and leaves.
 
     The exit code is 143 (SIGTERM), 130 (SIGINT, Ctrl-C) or 138 (SIGUSR1, which SLURM sends before the end of
-    the time if asked to). All ranks stop at the same step if one gets the signal. A second Ctrl-C leaves at
-    once. Handlers are installed while training runs, in the main thread only. List it after ``last``.
+    the time if asked to). All ranks stop at the same step if one gets the signal, and none leaves before the
+    state is on the disk. A second Ctrl-C leaves at once. Handlers are installed while training runs, in the
+    main thread only. List it after ``last``.
+
+    Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
+    would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``.
 
     Args:
         last: What saves the state.
@@ -31,19 +44,32 @@ class Preemption(Checkpoint):
     def __init__(self, last: LastCheckpoint) -> None:
         self._last = last
         self._signal = 0
+        self._interrupted_at = float("inf")
+        self._requeues = False
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers; Lightning has installed its own before."""
+        """Install the handlers; Lightning has installed its own before.
+
+        Raises:
+            Preempted: If Lightning's have caught a SIGTERM; there is no new state to save.
+        """
+        self._signal, self._interrupted_at = 0, float("inf")
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._handle)
+        # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
+        self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
+        if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):
+            raise Preempted(128 + agreed)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        self._signal = number  # no more than this: a handler may interrupt anything
+        if number == signal.SIGINT:
+            if time.monotonic() - self._interrupted_at > SAME_SECONDS:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            self._interrupted_at = min(self._interrupted_at, time.monotonic())
+        self._signal = self._signal or number  # no more than this: a handler may interrupt anything
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,14 +83,17 @@ class Preemption(Checkpoint):
         self._leave_if_signalled(trainer)
 
     def _leave_if_signalled(self, trainer: pl.Trainer) -> None:
-        number = self._signal
+        number = _highest(self._signal, trainer)
+        if not number:
+            return
+        self._last.save(trainer)
+        trainer.strategy.checkpoint_io.teardown()  # it may hold the state or be writing it still
+        trainer.strategy.barrier()
+        if number == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
+            _requeue()
         if trainer.world_size > 1:
-            agreed = torch.tensor(number, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-            number = int(agreed)
-        if number:
-            self._last.save(trainer)
-            raise Preempted(128 + number)
+            _let_launcher_leave(trainer.world_size)
+        raise Preempted(128 + number)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the earlier handlers back."""
@@ -78,3 +107,37 @@ class Preemption(Checkpoint):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _highest(number: int, trainer: pl.Trainer) -> int:
+    """Return the highest number that any rank has; all ranks must be here."""
+    if trainer.world_size == 1:
+        return number
+    agreed = torch.tensor(number, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+    return int(agreed)
+
+
+def _let_launcher_leave(world_size: int) -> None:
+    """Wait until the rank that has started this process has left, if one has.
+
+    Lightning's launcher kills its own process when one that it has started ends with a code other than 0.
+    """
+    ranks: list[Any] = [0] * world_size
+    torch.distributed.all_gather_object(ranks, os.getpid())
+    launcher, deadline = os.getppid(), time.monotonic() + LAUNCHER_SECONDS
+    while launcher in ranks and os.getppid() == launcher and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _requeue() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        problem = done.stderr.strip() or f"code {done.returncode}" if done.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    text = f"SLURM job {job} could not be requeued: {problem}" if problem else f"SLURM job {job} is requeued"
+    print(f"\n{text}", file=sys.stderr)

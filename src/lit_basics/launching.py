@@ -1,0 +1,35 @@
+"""The processes that Lightning starts for the other ranks do not outlive the one that starts them."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_LAUNCHER = "LIT_BASICS_LAUNCHER"
+"""Carries the process number of rank 0 to the processes that Lightning starts."""
+
+
+@contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """Within the body, end this process if rank 0 has started it and has gone before the ranks were connected.
+
+    It would wait half an hour for a rank 0 that was killed. Once they are connected, the next exchange fails.
+    """
+    if not int(os.environ.get("LOCAL_RANK", 0)):
+        os.environ[_LAUNCHER] = str(os.getpid())
+    launcher, over = int(os.environ.get(_LAUNCHER, os.getpid())), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5) and not torch.distributed.is_initialized():
+            if os.getppid() != launcher:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    if launcher != os.getpid():
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
