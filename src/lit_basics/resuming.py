@@ -123,7 +123,7 @@ class ResumedData(pl.Callback):
         Raises:
             UserError: If it is other data, and no reset.
         """
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         now = {"world_size": trainer.world_size, **(loader.state_dict() if hasattr(loader, "state_dict") else {})}
         names = ("size", "batch_size", "world_size", "seed")
         shape = {name: now[name] for name in names if name in self._state and name in now}
@@ -133,7 +133,7 @@ class ResumedData(pl.Callback):
         for name in ("size", "world_size"):  # the others are in the configuration
             if name in shape and shape[name] != self._state[name]:
                 rank_zero_only(print)(f"resuming with data of {name} {shape[name]} (was {self._state[name]})")
-        loop = trainer.fit_loop
+        loop: Any = trainer.fit_loop
         for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
             progress.ready = progress.processed = progress.completed = progress.started
         loop.restarting = False  # else Lightning would go on at the batch where the checkpoint stands
