@@ -47,6 +47,7 @@ _PUBLIC = {
     "UserError": "errors",
     "ValueMonitor": "callbacks.values",
     "fail_soft": "soft_loggers",
+    "verify": "verification.checks",
 }
 
 __all__ = sorted(_PUBLIC)

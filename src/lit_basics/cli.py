@@ -9,24 +9,26 @@ from importlib.metadata import version
 from lit_basics.errors import UserError, nearest
 from lit_basics.recipes import recipe_names, recipe_path
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "verify", "validate", "test", "predict")
 
 HELP = f"""\
 usage: lit_basics COMMAND [--config RECIPE_OR_PATH ...] [--KEY VALUE ...]
 
 commands:
   fit             train            lit_basics fit --config quickstart
+  verify          is the training exact: loop, resume, manual, ddp, kill
   validate, test  evaluate a run   lit_basics test --run_dir runs/quickstart/...
   predict         write the predictions of a run's net to predictions.npz
   recipes [NAME]  list the packaged recipes and overlays, or print one
 
-options of fit, validate, test and predict:
+options of fit, verify, validate, test and predict:
   --config C      a recipe's name or a YAML file; several are laid over one another
   --run_dir D     fit: the run's directory, by default runs/RECIPE/DATE_TIME; else: the run to take
   --resume R      fit: auto goes on with the newest good run; or a run's directory or a checkpoint
   --resume_reset  resume with another batch size, data or seed, which begin anew with the next epoch
   --ckpt_path P   the checkpoint to start from; for validate, test and predict by default the run's best
   --allow_import P  let a config name what lies in the package P, beside the libraries of training
+  --checks A,B    verify: only these checks; --steps N for longer or shorter runs
   --KEY VALUE     any setting, such as --trainer.max_epochs 3, --model.optimizer Adam or --data.batch_size 64
   --help          all settings
 

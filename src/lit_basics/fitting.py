@@ -1,5 +1,6 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ def fit(args: list[str]) -> None:
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
     except Preempted:
-        print(f"\nstopped by a signal, the state is saved; go on with --resume {directory}", file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
+        saved = (directory / "checkpoints" / "last.ckpt").exists()
+        how = f"the state is saved; go on with --resume {directory}" if saved else "before the first step"
+        rank_zero_only(print)(f"\nstopped by a signal, {how}", file=sys.stderr)
         raise
     except SystemExit as error:  # Lightning's way to leave after Ctrl-C
         if trainer is None or not trainer.interrupted:
@@ -146,17 +150,18 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
         callbacks.insert(0, ResumedData(config.config.resume_reset))
     if config.optimizer_arguments:
         callbacks.append(OptimizerArguments(config.optimizer_arguments))
-    arguments["plugins"] = _with_durable_checkpoints(arguments["plugins"])
+    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
     try:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
-def _with_durable_checkpoints(plugins: Any) -> list[Any]:
+def with_durable_checkpoints(plugins: Any, min_seconds: float) -> list[Any]:
+    """Return the Trainer's plugins with a DurableCheckpointIO, unless the user has given a CheckpointIO."""
     given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in given):
-        given.append(DurableCheckpointIO(min_seconds=MIN_SECONDS))
+        given.append(DurableCheckpointIO(min_seconds))
     return given
 
 

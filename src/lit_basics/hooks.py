@@ -43,8 +43,15 @@ class TrainingHooks(pl.Callback):
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the settings back: the check is over."""
+        """Put the settings back: the check is over.
+
+        Raises:
+            UserError: If the DataModule knows its number of classes and it is larger than the module's.
+        """
         trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
+        there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
+        if isinstance(there, int) and isinstance(known, int) and there > known:
+            raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.

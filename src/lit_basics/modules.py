@@ -232,16 +232,6 @@ class LitClassifier(LitSupervised):
         super().__init__(net=net, criterion=criterion or nn.CrossEntropyLoss(), metrics={"acc": accuracy}, **kwargs)
         self.num_classes = num_classes
 
-    def setup(self, stage: str) -> None:
-        """Refuse data with more classes than the net tells apart.
-
-        Raises:
-            UserError: If the DataModule knows its number of classes and it is larger.
-        """
-        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-        if isinstance(classes, int) and classes > self.num_classes:
-            raise UserError(f"the labels go up to {classes - 1}, but num_classes is {self.num_classes}")
-
 
 class LitLeNet5(LitClassifier):
     """LeNet-5; by default SGD with learning rate 0.01 and momentum 0.9.

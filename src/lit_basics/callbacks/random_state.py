@@ -11,7 +11,9 @@ import torch
 class RandomState(pl.Callback):
     """Saves the state of Python's, NumPy's, torch's and CUDA's generators, and restores it on a resume.
 
-    Lightning saves none. Each process gets its own back. Works in any Lightning project.
+    Lightning saves none. Each process gets its own back. Works in any Lightning project. It also keeps
+    Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run with ``max_steps`` is resumed
+    at an epoch's end.
     """
 
     def __init__(self) -> None:
@@ -35,9 +37,16 @@ class RandomState(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore this rank's states after a resume."""
-        if self._loaded is not None and len(self._loaded) == trainer.world_size:
+        if self._loaded is None:
+            return
+        if len(self._loaded) == trainer.world_size:
             set_generator_states(self._loaded[trainer.global_rank])
         self._loaded = None
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # with max_steps only; without, Lightning itself begins the next epoch
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
 
 
 def generator_states() -> dict[str, Any]:

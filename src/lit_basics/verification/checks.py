@@ -1,0 +1,383 @@
+"""Is this training what it should be? Five checks over any LightningModule and its data.
+
+Every run of a check is a process of its own, on the CPU, in one thread, and writes into a temporary folder only.
+"""
+
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from tqdm import tqdm
+
+from lit_basics.errors import UserError, nearest
+from lit_basics.modules import LitSupervised
+from lit_basics.verification.forks import Run, RunError, run_all, run_together
+from lit_basics.verification.plain_loop import NotApplicable
+from lit_basics.verification.ranks import RANKS, environments, joined
+from lit_basics.verification.report import Outcome, Report, Verdict
+from lit_basics.verification.runs import Subject
+from lit_basics.verification.tracing import Difference, Trace, largest_difference
+
+CHECKS = ("loop", "resume", "manual", "ddp", "kill")
+STEPS = 24
+"""Optimizer steps of a run: three epochs of (at most) eight, so that 23 resume points lie within and between epochs."""
+KILLS = 3
+"""Kills within the run."""
+TOLERANCES = {"64-true": 1e-9, None: 1e-5}
+"""Largest difference between two ranks and one in float64, and in the user's own precision.
+
+Rounding of sums in another order grows with the steps; a wrong factor or a lost sample is far beyond either.
+"""
+METRIC_TOLERANCE = 1e-5
+"""Largest difference of a validation metric, relative to values above 1: float32 sums in another order."""
+
+
+def verify(
+    model: pl.LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: pl.LightningDataModule | None = None,
+    *,
+    checks: Sequence[str] = CHECKS,
+    steps: int = STEPS,
+    progress: bool = True,
+    each: Callable[[Verdict], None] | None = None,
+    weights_only: bool | None = None,
+    **trainer_arguments: Any,
+) -> Report:
+    """Verify what ``Trainer(**trainer_arguments).fit(model, ...)`` does.
+
+    - *loop*: the Trainer's weights equal a plain loop's after every step (without validation and callbacks).
+    - *resume*: stopped and resumed at every step, the weights and the optimizer's state stay the same.
+    - *manual*: manual optimization gives the weights of automatic optimization (:class:`LitSupervised` only).
+    - *ddp*: two processes make the update of one at the same global batch, and validate each sample once.
+    - *kill*: killed (SIGKILL) at random moments and restarted from its newest checkpoint, the run ends the same.
+
+    All but *ddp* compare bit for bit.
+
+    Args:
+        model: The module to train; it is not changed.
+        train_dataloaders: As for ``Trainer.fit``.
+        val_dataloaders: As for ``Trainer.fit``.
+        datamodule: As for ``Trainer.fit``.
+        checks: Which checks to make.
+        steps: Optimizer steps of each run.
+        progress: Whether to show a progress bar, on stderr.
+        each: Called with each verdict as soon as it is there.
+        weights_only: As for ``Trainer.fit``, for the checkpoints that are resumed from.
+        **trainer_arguments: As for ``Trainer``. The device, the loggers, the checkpoint callbacks, the numbers
+            of epochs, steps and batches are set by the checks.
+
+    Returns:
+        The verdicts.
+
+    Raises:
+        UserError: If a check does not exist or ``steps`` is below 2.
+    """
+    for check in checks:
+        if check not in CHECKS:
+            raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
+    if steps < 2:
+        raise UserError(f"--steps is {steps}; it must be at least 2")
+    subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
+    report = Report()
+    with (
+        tempfile.TemporaryDirectory(prefix="lit_basics_verify_") as folder,
+        tqdm(total=1, desc="verify", unit="run", disable=not progress, leave=False, dynamic_ncols=True) as bar,
+    ):
+        verification = Verification(subject, Path(folder), bar)
+        for check in (name for name in CHECKS if name in checks):
+            bar.set_description(f"verify: {check}")
+            verdict = verification.verdict(check)
+            report.verdicts.append(verdict)
+            if each is not None:
+                bar.clear()
+                each(verdict)
+    return report
+
+
+class Verification:
+    """The checks of one subject, with the runs that they share."""
+
+    def __init__(self, subject: Subject, folder: Path, bar: Any) -> None:
+        self.subject, self.folder, self.bar = subject, folder, bar
+        self.log = folder / "output.txt"
+        self._reference: Trace | None = None
+
+    def verdict(self, check: str) -> Verdict:
+        """Make one check."""
+        outcome: Outcome = "passed"
+        try:
+            text = str(getattr(self, check)())
+        except NotApplicable as reason:
+            outcome, text = "not applicable", str(reason)
+        except Failed as reason:
+            outcome, text = "failed", str(reason)
+        except RunError as error:
+            outcome, text = "failed", f"the run ended in {error}"
+        return Verdict(check, outcome, text)
+
+    def one(self, work: Callable[[Callable[[int], None]], Any]) -> Any:
+        """Make one run and return what ``work`` returned there."""
+        self.bar.total += 1
+        (run,) = run_all([work], self.log, self.bar.update)
+        return run.result()
+
+    def reference(self) -> Trace:
+        """Return the trace of the uninterrupted run, made at the first call.
+
+        Raises:
+            RunError: If it makes no step, or if it does not come out the same twice.
+        """
+        if self._reference is None:
+            trace: Trace = self.one(
+                partial(self.subject.trace, folder=self.folder / "reference", save_to=self.folder / "checkpoints")
+            )
+            if not trace.steps:
+                raise RunError("no optimizer step")
+            again: Trace = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
+            if again.difference is not None:
+                raise RunError(
+                    f"two results: the same run, made twice, differs {again.difference}; something in it draws "
+                    "from neither torch, NumPy nor random, or depends on the time"
+                )
+            self._reference = trace
+        return self._reference
+
+    def loop(self) -> str:
+        """Compare the Trainer with a plain loop."""
+        bare: Trace = self.one(partial(self.subject.bare, folder=self.folder / "bare"))
+        try:
+            trace: Trace = self.one(partial(self.subject.loop, folder=self.folder / "loop", reference=bare))
+        except RunError as error:
+            if error.kind == "NotApplicable":
+                raise NotApplicable(error.reason) from error
+            raise NotApplicable(f"a plain loop cannot run it, it needs a Trainer: {error}") from error
+        if trace.difference is None:
+            return f"{bare.steps} steps, {trace.compared} comparisons: equal to a plain loop's"
+        raise Failed(f"differs from a plain loop's {trace.difference}; {loop_cause(self.subject.model, trace, bare)}")
+
+    def resume(self) -> str:
+        """Resume at every checkpoint of the reference."""
+        reference = self.reference()
+        works = [
+            partial(self.subject.trace, folder=self.folder / path.stem, reference=reference, checkpoint=path)
+            for path in reference.checkpoints[:-1]
+        ]
+        if not works:
+            raise NotApplicable("the run is too short to be stopped within it")
+        self.bar.total += len(works)
+        compared, failed = 0, []
+        for path, run in zip(reference.checkpoints, run_all(works, self.log, self.bar.update), strict=False):
+            try:
+                trace: Trace = run.result()
+            except RunError as error:
+                raise Failed(f"resumed after {path.stem}, the run ended in {error}") from error
+            compared += trace.compared
+            if trace.difference is not None or trace.steps != reference.steps:
+                failed.append((path.stem, trace))
+        if not failed:
+            return f"{len(works)} resume points, {compared} comparisons: equal to the uninterrupted run"
+        stem, trace = failed[0]
+        raise Failed(
+            f"{len(failed)} of {len(works)} resume points differ; the first, resumed after {stem}, "
+            f"{trace.difference or f'made {trace.steps} steps instead of {reference.steps}'}; "
+            f"{resume_cause(trace, reference)}"
+        )
+
+    def manual(self) -> str:
+        """Compare manual with automatic optimization."""
+        model = self.subject.model
+        if not isinstance(model, LitSupervised):
+            raise NotApplicable(f"{type(model).__name__} has one mode; a LitSupervised module has both")
+        if model.own_training_step:
+            raise NotApplicable(f"{type(model).__name__} overrides training_step; with compute_loss it has both modes")
+        reference = self.reference()
+        try:
+            trace: Trace = self.one(
+                partial(self.subject.trace, folder=self.folder / "manual", reference=reference, manual=True)
+            )
+        except RunError as error:
+            if error.kind == "UserError":  # manual optimization refused
+                raise NotApplicable(error.reason) from error
+            raise
+        if trace.difference is None:
+            return f"{reference.steps} steps, {trace.compared} comparisons: manual equals automatic"
+        raise Failed(f"manual differs from automatic optimization {trace.difference}")
+
+    def ddp(self) -> str:
+        """Compare two ranks with one process: updates, and validation."""
+        steps, compared = self._ddp_updates()
+        model, data = self.subject.model, self.subject.datamodule
+        loader = self.subject.val_dataloaders is not None or any(
+            owner is not None and is_overridden("val_dataloader", owner) for owner in (data, model)
+        )
+        if not (loader and is_overridden("validation_step", model)):
+            return f"{steps} steps, {compared} comparisons: two ranks equal one; no validation"
+        alone, metrics = self.one(partial(self.subject.validate, folder=self.folder, ranks=1))
+        ranks = self._ranks(partial(self.subject.validate, folder=self.folder, ranks=RANKS))
+        seen = ranks[0][0] + ranks[1][0]
+        if seen != alone:
+            repeated, missed = (seen - alone).total(), (alone - seen).total()
+            raise Failed(
+                f"of {alone.total()} validation samples two ranks repeat {repeated} and miss {missed}: "
+                "Lightning's sampler pads to equal shares; a loader whose shares may differ does not "
+                "(ArrayDataModule, ResumableDataLoader)"
+            )
+        for rank, (_, values) in enumerate(ranks):
+            for name, expected in metrics.items():
+                value = values.get(name, float("nan"))
+                if not abs(value - expected) <= METRIC_TOLERANCE * max(1.0, abs(expected)) and value != expected:
+                    raise Failed(
+                        f"{name} is {value:.6g} on rank {rank} of two, {expected:.6g} in one process: it is the "
+                        "mean of that rank's batches; log it with sync_dist=True, or as a torchmetrics metric"
+                    )
+        return (
+            f"{steps} steps, {compared} comparisons: two ranks equal one; "
+            f"each of {alone.total()} validation samples counted once"
+        )
+
+    def _ddp_updates(self) -> tuple[int, int]:
+        for precision, tolerance in TOLERANCES.items():  # noqa: B007  # the one that the break leaves is used below
+            try:
+                ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
+                epochs = [
+                    [joined(list(batches)) for batches in zip(*epochs, strict=False)]
+                    for epochs in zip(*(epochs for epochs, _ in ranks), strict=False)
+                ]
+                _, alone = self.one(
+                    partial(self.subject.replay, folder=self.folder, epochs=epochs, precision=precision)
+                )
+            except RunError:
+                if precision is None:
+                    raise
+                continue  # it cannot train in float64
+            break
+        compared = 0
+        for step, states in enumerate(zip(*(states for _, states in ranks), alone, strict=False), 1):
+            for name, expected in states[-1].items():
+                for state in states[:-1]:
+                    compared += 1
+                    largest = largest_difference(state.get(name), expected)
+                    if largest > tolerance:
+                        raise Failed(
+                            f"two ranks differ from one process on the same global batch "
+                            f"{Difference(step, name, largest)}; a loss that is not the mean over its batch, or a "
+                            "layer that looks at the whole batch, would do that"
+                        )
+        return len(alone), compared
+
+    def _ranks(self, work: Callable[[Callable[[int], None]], Any]) -> list[Any]:
+        self.bar.total += RANKS
+        results = run_together([work] * RANKS, self.log, environments())
+        self.bar.update(RANKS)
+        return list(results)
+
+    def kill(self) -> str:
+        """Kill the run, restart it from its newest checkpoint, and so on, until it comes to its end."""
+        reference = self.reference()
+        folder = self.folder / "killed"
+        last = folder / "last.ckpt"
+        moments: list[int] = []
+        compared = 0
+        for _ in range(10 * KILLS):
+            run = Run(
+                partial(
+                    self.subject.trace,
+                    folder=folder,
+                    reference=reference,
+                    checkpoint=last if last.exists() else None,
+                    last=last,
+                ),
+                self.log,
+            )
+            self.bar.total += 1
+            quarter = [reference.steps * (len(moments) + i) // (KILLS + 1) for i in (0, 1)]
+            moment = random.SystemRandom().randint(quarter[0] + 1, max(quarter)) if len(moments) < KILLS else None
+            killed = kill_after(run, moment)
+            self.bar.update()
+            if killed:
+                moments.append(run.step)
+                continue
+            try:
+                trace: Trace = run.result()
+            except RunError as error:
+                after = f"killed after step {moments[-1]}, the restarted" if moments else "the"
+                raise Failed(f"{after} run ended in {error}") from error
+            compared += trace.compared
+            if trace.difference is not None:
+                raise Failed(
+                    f"restarted after a kill at step {moments[-1]}, the run differs {trace.difference}; "
+                    f"{resume_cause(trace, reference)}"
+                )
+            if len(moments) >= KILLS:
+                break
+            shutil.rmtree(folder)  # it was quicker than the kill: once more
+        after = ", ".join(map(str, moments))
+        return f"killed in the steps after {after}; {compared} comparisons: equal to the uninterrupted run"
+
+
+class Failed(Exception):
+    """Why a check failed."""
+
+
+def kill_after(run: Run, step: int | None) -> bool:
+    """Kill a run at a random time soon after ``step`` was made; return False if it ended by itself before."""
+    first, started = 0, 0.0
+    while run.receive():
+        if not first:
+            first, started = run.step, time.monotonic()
+        if step is not None and run.step >= step:
+            seconds = (time.monotonic() - started) / (run.step - first) if run.step > first else 0.01
+            time.sleep(random.SystemRandom().uniform(0, 1.5 * min(seconds, 5.0)))
+            run.kill()
+            step = None
+    return bool(run.process.exitcode == -signal.SIGKILL)
+
+
+def resume_cause(trace: Trace, reference: Trace) -> str:
+    """Return in words why a resumed run probably differs."""
+    batch = first_difference(trace.batches, reference.batches)
+    drawn = first_difference(trace.random, reference.random)
+    if batch is not None and trace.loader:
+        earlier = next((n for n, value in reference.batches.items() if value == trace.batches[batch]), None)
+        instead = "of another order" if earlier is None else f"batch {earlier} again"
+        return (
+            f"the training loader ({trace.loader}) has no state_dict: batch {batch} is {instead}; "
+            "ResumableDataLoader and ArrayDataModule keep their place and order"
+        )
+    if drawn is not None and (batch is None or drawn <= batch):
+        return (
+            "the random state is not in the checkpoint (dropout, augmentation, a shuffled loader draw from it); "
+            "the callback RandomState saves it"
+        )
+    if batch is not None:
+        return f"the state of the training loader does not bring back its order: batch {batch} is another"
+    return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"
+
+
+def loop_cause(model: pl.LightningModule, trace: Trace, bare: Trace) -> str:
+    """Return in words why the Trainer probably differs from a plain loop."""
+    names = ("optimizer_step", "lr_scheduler_step", "configure_gradient_clipping", "backward", "optimizer_zero_grad")
+    changed = [name for name in names if is_overridden(name, model)]
+    if changed:
+        return f"{type(model).__name__} overrides {', '.join(changed)}, which the plain loop does not call"
+    batch = first_difference(trace.batches, bare.batches)
+    if batch is not None:
+        return f"batch {batch} is another one: the loader depends on the Trainer or on something outside the seed"
+    if first_difference(trace.random, bare.random) is not None:
+        return "the random state differs: something draws from it only under the Trainer"
+    return "a callback or hook of the module changes weights or gradients"
+
+
+def first_difference(digests: dict[int, str], expected: dict[int, str]) -> int | None:
+    """Return the first number whose digests differ."""
+    return next((n for n in sorted(digests) if n in expected and digests[n] != expected[n]), None)

@@ -1,0 +1,169 @@
+"""Each training run of a verification in a process of its own, forked from this one.
+
+A fork starts with the same objects and random state as its siblings, leaves nothing behind in this process,
+and can be killed.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lit_basics.errors import where
+
+T = TypeVar("T")
+Work = Callable[[Callable[[int], None]], T]
+"""What a process does; it is given a function that reports a step to the parent."""
+
+
+class RunError(Exception):
+    """What ended a run.
+
+    Args:
+        text: The kind of the exception, the line of the user's code that it came from, and its message.
+        kind: The kind alone.
+        reason: The message alone.
+    """
+
+    def __init__(self, text: str, kind: str = "", reason: str = "") -> None:
+        super().__init__(text)
+        self.kind, self.reason = kind, reason
+
+
+class Run:
+    """A running process; its :attr:`result` comes once :meth:`receive` has returned False.
+
+    Args:
+        work: What to do there.
+        log: Where the process's output goes.
+        environment: Further environment variables of the process.
+    """
+
+    def __init__(self, work: Work[Any], log: Path, environment: dict[str, str] | None = None) -> None:
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_child, args=(work, theirs, log, environment or {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
+            self.process.start()
+        theirs.close()
+        self.step = 0
+        """The newest step that the process has reported."""
+        self._result: Any = None
+        self._error: RunError | None = RunError("its process, which ended without a word")
+
+    def receive(self) -> bool:
+        """Take the next message; return False if it was the last."""
+        try:
+            kind, content = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode or 0
+            if self._error is not None and not self._error.kind and code < 0:
+                self._error = RunError(signal.Signals(-code).name)
+            return False
+        if kind == "step":
+            self.step = content
+            return True
+        if kind == "result":
+            self._result, self._error = pickle.loads(content), None
+        else:
+            self._error = RunError(*content)
+        return True
+
+    def result(self) -> Any:
+        """Return what ``work`` returned.
+
+        Raises:
+            RunError: If it raised.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def kill(self) -> None:
+        """End the process by SIGKILL, if it is there."""
+        self.process.kill()
+        self.process.join()
+
+
+def run_all(works: Sequence[Work[T]], log: Path, done: Callable[[], None]) -> list[Run]:
+    """Run all ``works``, as many at once as there are cores, and return their runs.
+
+    Args:
+        works: As for :class:`Run`.
+        log: Where their output goes.
+        done: Called whenever one has ended.
+    """
+    waiting = list(works)
+    runs: list[Run] = []
+    live: list[Run] = []
+    try:
+        while waiting or live:
+            while waiting and len(live) < len(os.sched_getaffinity(0)):
+                runs.append(Run(waiting.pop(0), log))
+                live.append(runs[-1])
+            for run in _ready(live):
+                if not run.receive():
+                    live.remove(run)
+                    done()
+    finally:
+        for run in live:
+            run.kill()
+    return runs
+
+
+def run_together(works: Sequence[Work[T]], log: Path, environments: list[dict[str, str]]) -> list[T]:
+    """Run ``works`` as the ranks of one job and return their results.
+
+    Raises:
+        RunError: If one of them failed; the others are ended.
+    """
+    live = [Run(work, log, environment) for work, environment in zip(works, environments, strict=True)]
+    runs = list(live)
+    try:
+        while live:
+            for run in _ready(live):
+                if not run.receive():
+                    live.remove(run)
+                    run.result()
+    finally:
+        for run in live:
+            run.kill()
+    return [run.result() for run in runs]
+
+
+def _ready(runs: list[Run]) -> list[Run]:
+    ready = wait([run.connection for run in runs])
+    return [run for run in runs if run.connection in ready]
+
+
+def _child(work: Work[Any], connection: Connection, log: Path, environment: dict[str, str]) -> None:
+    with log.open("a") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        sys.stdout = sys.stderr = output
+        os.environ.update(environment)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
+        torch.set_num_threads(1)  # a forked process has none of its parent's threads
+        warnings.simplefilter("ignore")
+        message: tuple[str, Any]
+        try:
+            # not as the connection pickles: tensors would be shared with a process that is about to end
+            message = ("result", pickle.dumps(work(lambda step: connection.send(("step", step)))))
+        except BaseException as error:  # a SystemExit too: here nothing may end without a word
+            traceback.print_exc()
+            message = ("error", (where(error), type(error).__name__, str(error)))
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(message)
+        connection.close()

@@ -1,0 +1,225 @@
+"""The loop that a tutorial would write, over any LightningModule: no Trainer."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lit_basics.modules import LitSupervised
+
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+PRECISIONS = ("32-true", "bf16-mixed", *DTYPES)
+"""The precisions that the loop has."""
+
+
+class NotApplicable(Exception):
+    """Why a check says nothing about this training."""
+
+
+def plain_loop(
+    module: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None,
+    loaders: Any,
+    *,
+    steps: int,
+    batches: int | float,
+    precision: str,
+    accumulate: int,
+    clip: float | None,
+    clip_algorithm: str,
+    before_batch: Callable[[int, Any], None],
+    after_step: Callable[[int, list[torch.optim.Optimizer]], None],
+) -> None:
+    """Train in float32 or ``precision`` on the CPU.
+
+    Args:
+        module: Its ``configure_optimizers`` and ``training_step`` are used (``compute_loss`` of our own), and
+            the hooks around the steps if it overrides them.
+        datamodule: Gives the training loader and moves batches, if there is one.
+        loaders: The training loader, if it was given apart.
+        steps: Optimizer steps to make.
+        batches: Batches of an epoch, as ``limit_train_batches``.
+        precision: One of :data:`PRECISIONS`.
+        accumulate: Batches of a step.
+        clip: Largest norm or value of the gradients, if they are clipped.
+        clip_algorithm: "norm" or "value".
+        before_batch: Called with the number of the batch in the run, from 0, and the batch.
+        after_step: Called with the number of the step, from 1, and the optimizers.
+
+    Raises:
+        NotApplicable: If the module has no plain loop.
+    """
+    ours = isinstance(module, LitSupervised) and not module.own_training_step
+    if not (ours or module.automatic_optimization):
+        raise NotApplicable(f"{type(module).__name__}.training_step makes its updates itself")
+    if precision not in PRECISIONS:
+        raise NotApplicable(f"precision {precision} needs the Trainer")
+    for owner in (datamodule, module):
+        if owner is not None:
+            owner.prepare_data()
+            owner.setup("fit")
+    source = loaders if loaders is not None else (datamodule or module).train_dataloader()
+    loader = source if len(CombinedLoader(source).flattened) == 1 else CombinedLoader(source, "max_size_cycle")
+    dtype = DTYPES.get(precision)
+    module.to(dtype)
+    optimizers, schedulers = optimizers_of(module)
+    step_of: Callable[..., Any] = module.compute_loss if ours else module.training_step  # type: ignore[assignment]
+    parameters = inspect.signature(step_of).parameters
+    if "dataloader_iter" in parameters:
+        raise NotApplicable("training_step draws its batches itself (dataloader_iter)")
+    hook(module, "on_fit_start")
+    hook(module, "on_train_start")
+    done = epoch = number = 0
+    while done < steps:
+        set_epoch(loader, epoch)
+        hook(module, "on_train_epoch_start")
+        for index, batch, last in numbered(loader, batches):
+            batch = transferred(batch, module, datamodule, dtype)
+            before_batch(number, batch)
+            number += 1
+            if hook(module, "on_train_batch_start", batch, index) == -1:
+                break
+
+            def backward(index: int = index, batch: Any = batch) -> Any:
+                with forward_context(precision):
+                    output = step_of(*(batch, index)[: len(parameters)])
+                loss = output["loss"] if isinstance(output, dict) else output
+                if index % accumulate == 0:
+                    for optimizer in optimizers:
+                        hook(module, "on_before_zero_grad", optimizer)
+                        optimizer.zero_grad()
+                if loss is not None:
+                    hook(module, "on_before_backward", loss)
+                    (loss / accumulate).backward()
+                    hook(module, "on_after_backward")
+                return loss
+
+            updates = (index + 1) % accumulate == 0 or last
+            if updates:
+                for optimizer in optimizers:
+
+                    def closure(optimizer: Any = optimizer, backward: Any = backward) -> Any:
+                        return clipped(backward(), module, optimizer, clip, clip_algorithm)
+
+                    optimizer.step(closure)
+                done += 1
+                update(schedulers, "step", index)
+                after_step(done, optimizers)
+            else:
+                backward()
+            hook(module, "on_train_batch_end", None, batch, index)
+            if done == steps:
+                return
+        hook(module, "on_train_epoch_end")
+        update(schedulers, "epoch", epoch)
+        epoch += 1
+
+
+@contextmanager
+def forward_context(precision: str) -> Iterator[None]:
+    """Run a step in a precision: autocast, or another default dtype."""
+    if precision == "bf16-mixed":
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    else:
+        torch.set_default_dtype(DTYPES.get(precision, torch.float32))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def clipped(loss: Any, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None, algorithm: str) -> Any:
+    """Clip the optimizer's gradients and return ``loss``."""
+    hook(module, "on_before_optimizer_step", optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if clip and algorithm == "value":
+        nn.utils.clip_grad_value_(parameters, clip)
+    elif clip:
+        nn.utils.clip_grad_norm_(parameters, clip)
+    return loss
+
+
+def optimizers_of(module: pl.LightningModule) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    """Return the optimizers and schedulers that ``configure_optimizers`` made, in any of its forms.
+
+    Raises:
+        NotApplicable: If a scheduler follows a logged metric, which only a Trainer has.
+    """
+    made: Any = module.configure_optimizers()
+    optimizers, schedulers = [], []
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (list, tuple)):
+        optimizers, schedulers = list(made[0]), list(made[1])
+    else:
+        for one in made if isinstance(made, (list, tuple)) else [] if made is None else [made]:
+            optimizers.append(one["optimizer"] if isinstance(one, dict) else one)
+            if isinstance(one, dict) and one.get("lr_scheduler") is not None:
+                schedulers.append(one["lr_scheduler"])
+    settings = []
+    for scheduler in schedulers:
+        setting = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+        if isinstance(setting["scheduler"], ReduceLROnPlateau):
+            raise NotApplicable("ReduceLROnPlateau follows a logged metric, which a plain loop does not have")
+        settings.append({"interval": "epoch", "frequency": 1, **setting})
+    if isinstance(module, LitSupervised) and not module.own_optimizers:
+        settings = [{**setting, "interval": module.lr_interval} for setting in settings]
+    return optimizers, settings
+
+
+def update(schedulers: list[dict[str, Any]], interval: str, index: int) -> None:
+    """Step the schedulers of an interval."""
+    for setting in schedulers:
+        if setting["interval"] == interval and (index + 1) % setting["frequency"] == 0:
+            setting["scheduler"].step()
+
+
+def numbered(loader: Any, batches: int | float) -> Iterator[tuple[int, Any, bool]]:
+    """Yield each batch with its index, and whether it is the epoch's last."""
+    limit = batches
+    if hasattr(loader, "__len__"):
+        limit = min(len(loader), batches) if isinstance(batches, int) else int(len(loader) * batches)
+    ahead = enumerate(islice(iter(loader), None if limit == float("inf") else int(limit)))
+    for index, item in ahead:
+        batch = item[0] if isinstance(loader, CombinedLoader) else item
+        yield index, batch, index + 1 == limit
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the samplers which epoch begins."""
+    for one in CombinedLoader(loader).flattened if not isinstance(loader, CombinedLoader) else loader.flattened:
+        for sampler in (getattr(one, "sampler", None), getattr(getattr(one, "batch_sampler", None), "sampler", None)):
+            begin = getattr(sampler, "set_epoch", None)
+            if begin is not None:
+                begin(epoch)
+
+
+def transferred(
+    batch: Any, module: pl.LightningModule, datamodule: pl.LightningDataModule | None, dtype: torch.dtype | None
+) -> Any:
+    """Return the batch after the transfer hooks, its floating-point tensors in ``dtype``."""
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    if dtype is not None:
+        batch = apply_to_collection(batch, Tensor, cast)
+    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else module
+        batch = getattr(owner, name)(batch, 0)
+    return batch
+
+
+def hook(module: nn.Module, name: str, *arguments: Any) -> Any:
+    """Call a hook of the module, if it overrides it."""
+    if is_overridden(name, module):
+        return getattr(module, name)(*arguments)
+    return None

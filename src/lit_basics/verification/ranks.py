@@ -1,0 +1,128 @@
+"""Two processes beside one: the same update from the same global batch, each validation sample once."""
+
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lit_basics.verification.tracing import State, digest, training_state
+
+RANKS = 2
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def environments() -> list[dict[str, str]]:
+    """Return the variables that torchrun would give to each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        {
+            "TORCHELASTIC_RUN_ID": "verify",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(RANKS),
+            "LOCAL_WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(RANKS)
+    ]
+
+
+class Batches(pl.Callback):
+    """Keeps the training batches, epoch by epoch, and the state after each step."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[Any]] = []
+        self.states: list[State] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        for module in pl_module.modules():
+            if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or hasattr(module, "dropout"):
+                module.training = False  # and not that of the modules in it
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a list of batches."""
+        self.epochs.append([])
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch."""
+        self.epochs[-1].append(apply_to_collection(batch, Tensor, lambda value: value.detach().clone()))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the state, if a step was made."""
+        if trainer.global_step > len(self.states):
+            self.states.append(training_state(pl_module, []))
+
+
+class Replay:
+    """A loader of recorded batches.
+
+    Args:
+        epochs: The batches of each epoch.
+    """
+
+    batch_sampler = None
+
+    def __init__(self, epochs: list[list[Any]]) -> None:
+        self._epochs = epochs
+        self._epoch = 0
+        self.sampler = self  # Lightning calls set_epoch of it
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._epochs[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._epochs[self._epoch])
+
+
+def joined(batches: list[Any]) -> Any:
+    """Return one batch of the ranks' batches: tensors are put together along their first dimension."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(batches) if first.ndim else first
+    if isinstance(first, dict):
+        return {key: joined([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (list, tuple)):
+        parts = [joined(list(part)) for part in zip(*batches, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
+class Samples(pl.Callback):
+    """Counts the samples of a validation by their content."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch's samples."""
+        tensors: list[Tensor] = []
+        apply_to_collection(batch, Tensor, lambda value: tensors.append(value))
+        tensors = [value for value in tensors if value.ndim and len(value) == len(tensors[0])]
+        for sample in zip(*tensors, strict=True):
+            self.seen[f"{dataloader_idx} {digest(list(sample))}"] += 1

@@ -1,0 +1,223 @@
+"""The training that is verified, and each kind of run of it."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lit_basics.verification.plain_loop import plain_loop
+from lit_basics.verification.ranks import RANKS, Batches, Replay, Samples
+from lit_basics.verification.tracing import State, Trace, Tracer, digest, random_digest, training_state
+
+Report = Callable[[int], None]
+"""Tells the parent process of a step; the same first argument in each kind of run."""
+Recorded = tuple[list[list[Any]], list[State]]
+"""The training batches of each epoch, and the state after each step."""
+RANK_STEPS = 5
+"""Optimizer steps on two ranks: rounding in another order grows with each."""
+
+
+class StopAfter(pl.Callback):
+    """Ends a run after a number of steps; not ``max_steps``, with which Lightning counts epochs in another way.
+
+    Args:
+        steps: Optimizer steps.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask the Trainer to stop."""
+        if trainer.global_step >= self._steps:
+            trainer.should_stop = True
+
+
+@dataclass
+class Subject:
+    """What is trained."""
+
+    model: pl.LightningModule
+    train_dataloaders: Any
+    val_dataloaders: Any
+    datamodule: pl.LightningDataModule | None
+    arguments: dict[str, Any]
+    steps: int
+    weights_only: bool | None
+
+    @property
+    def accumulate(self) -> int:
+        """Batches of an optimizer step."""
+        return int(self.arguments.get("accumulate_grad_batches") or 1)
+
+    def limit(self, steps: int) -> int | float:
+        """Return the batches of an epoch: a third of the run, unless the user wants fewer."""
+        wanted = self.arguments.get("limit_train_batches")
+        limit = math.ceil(steps / 3) * self.accumulate
+        return min(limit, wanted) if isinstance(wanted, int) else limit
+
+    def trainer(self, folder: Path, steps: int, callbacks: list[pl.Callback], **others: Any) -> pl.Trainer:
+        """Return a Trainer for a run that writes into ``folder`` only."""
+        given = {name: value for name, value in self.arguments.items() if value is not None}
+        limit = self.limit(steps)
+        interval = given.get("val_check_interval", 1.0)
+        if (isinstance(interval, int) and interval > limit) or (isinstance(interval, float) and interval * limit < 1):
+            given["val_check_interval"] = 1.0 if given.get("check_val_every_n_epoch", 1) else limit
+        for name in ("max_time", "min_epochs", "min_steps", "fast_dev_run", "profiler", "barebones", "model_registry"):
+            given.pop(name, None)
+        wanted = given.get("limit_val_batches", 1.0)
+        settings = {
+            **given,
+            "accelerator": "cpu",
+            "devices": 1,
+            "num_nodes": 1,
+            "strategy": "auto",
+            "sync_batchnorm": False,
+            "max_epochs": steps,
+            "max_steps": steps if given.get("max_steps", -1) != -1 else -1,
+            "limit_train_batches": limit,
+            "limit_val_batches": min(2, wanted) if isinstance(wanted, int) or not wanted else 2,
+            "logger": DummyLogger(),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder),
+            "callbacks": [StopAfter(steps), *callbacks],
+            **others,
+        }
+        settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        return pl.Trainer(**settings)
+
+    def callbacks(self) -> list[pl.Callback]:
+        """Return the user's callbacks, without those that write checkpoints to places of their own."""
+        given = self.arguments.get("callbacks") or []
+        return [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, Checkpoint)]
+
+    def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
+        """Train; from a checkpoint if there is one."""
+        trainer.fit(
+            self.model,
+            self.train_dataloaders,
+            self.val_dataloaders,
+            self.datamodule,
+            ckpt_path=checkpoint,
+            weights_only=self.weights_only if checkpoint else None,
+        )
+
+    def trace(
+        self,
+        report: Report,
+        folder: Path,
+        reference: Trace | None = None,
+        *,
+        checkpoint: Path | None = None,
+        manual: bool = False,
+        **tracer: Any,
+    ) -> Trace:
+        """Train as the user does, with a tracer; return its trace."""
+        folder.mkdir(exist_ok=True)
+        trace = Trace(folder)
+        if manual:
+            self.model.automatic_optimization = not self.model.automatic_optimization
+        trainer = self.trainer(
+            folder, self.steps, [*self.callbacks(), Tracer(trace, reference, report=report, **tracer)]
+        )
+        self.fit(trainer, checkpoint)
+        return trace
+
+    def bare(self, report: Report, folder: Path) -> Trace:
+        """Train without validation and callbacks."""
+        folder.mkdir()
+        trace = Trace(folder)
+        trainer = self.trainer(folder, self.steps, [Tracer(trace)], limit_val_batches=0, num_sanity_val_steps=0)
+        self.fit(trainer)
+        return trace
+
+    def loop(self, report: Report, folder: Path, reference: Trace) -> Trace:
+        """Train by the plain loop.
+
+        Raises:
+            NotApplicable: If the module has none.
+        """
+        folder.mkdir()
+        trace = Trace(folder)
+        trainer = self.trainer(folder, self.steps, [])  # knows the settings in their final form
+
+        def before_batch(number: int, batch: Any) -> None:
+            trace.batches[number], trace.random[number] = digest(batch), random_digest()
+
+        def after_step(step: int, optimizers: list[Any]) -> None:
+            trace.steps = step
+            trace.compare(step, training_state(self.model, optimizers), reference)
+
+        plain_loop(
+            self.model,
+            self.datamodule,
+            self.train_dataloaders,
+            steps=reference.steps,
+            batches=self.limit(self.steps),
+            precision=str(trainer.precision),
+            accumulate=trainer.accumulate_grad_batches,
+            clip=trainer.gradient_clip_val,
+            clip_algorithm=trainer.gradient_clip_algorithm or "norm",
+            before_batch=before_batch,
+            after_step=after_step,
+        )
+        return trace
+
+    def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
+        """Train as one of two ranks; every step's batches and weights."""
+        kept = Batches()
+        strategy = self.arguments.get("strategy")
+        ddp = strategy if isinstance(strategy, str) and strategy.startswith("ddp") else "ddp"
+        trainer = self.trainer(
+            folder,
+            RANK_STEPS,
+            [kept],
+            limit_train_batches=RANK_STEPS * self.accumulate,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            devices=RANKS,
+            strategy=ddp,
+            **({"precision": precision} if precision else {}),
+        )
+        self.double_odd_batches()
+        self.fit(trainer)
+        return kept.epochs, kept.states
+
+    def replay(self, report: Report, folder: Path, epochs: list[list[Any]], precision: str | None) -> Recorded:
+        """Train in one process on given batches."""
+        kept = Batches()
+        trainer = self.trainer(
+            folder,
+            RANK_STEPS,
+            [kept],
+            limit_train_batches=RANK_STEPS * self.accumulate,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            **({"precision": precision} if precision else {}),
+        )
+        trainer.fit(self.model, Replay(epochs))
+        return kept.epochs, kept.states
+
+    def validate(self, report: Report, folder: Path, ranks: int) -> tuple[Counter[str], dict[str, float]]:
+        """Validate the untrained module; the samples and the metrics of this rank."""
+        seen = Samples()
+        several = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+        trainer = self.trainer(folder, RANK_STEPS, [seen], limit_val_batches=1.0, **several)
+        self.double_odd_batches()
+        trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
+        return seen.seen, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def double_odd_batches(self) -> None:
+        """Double a DataModule's batch size that two ranks could not share."""
+        size = getattr(self.datamodule, "batch_size", None)
+        if isinstance(size, int) and size % RANKS:
+            self.datamodule.batch_size = size * RANKS  # type: ignore[union-attr]

@@ -1,0 +1,189 @@
+"""What a run did, step by step, and where another run of the same training departs from it."""
+
+import hashlib
+import pickle
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lit_basics.callbacks.last import at_step_boundary
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where two runs differ."""
+
+    step: int
+    """The optimizer step, from 1, after which they do."""
+    name: str
+    """The parameter, buffer or optimizer state."""
+    largest: float
+    """The largest absolute difference of its elements; infinite for another shape."""
+
+    def __str__(self) -> str:
+        return f"at step {self.step}: {self.name} by {self.largest:.3g}"
+
+
+@dataclass
+class Trace:
+    """What one run leaves: its states in ``folder``, and digests of what went into each batch."""
+
+    folder: Path
+    steps: int = 0
+    batches: dict[int, str] = field(default_factory=dict)
+    """Digest of each training batch, by its number in the run."""
+    random: dict[int, str] = field(default_factory=dict)
+    """Digest of the random generators before each training batch."""
+    checkpoints: list[Path] = field(default_factory=list)
+    compared: int = 0
+    """Tensors compared with the reference."""
+    difference: Difference | None = None
+    loader: str = ""
+    """The class of the training loader that has no state, or ""."""
+
+    def state(self, step: int) -> State:
+        """Return the state after a step, as :func:`training_state` returned it."""
+        state: State = torch.load(self.folder / f"{step}.pt", weights_only=True)
+        return state
+
+    def compare(self, step: int, state: State, reference: "Trace", tolerance: float = 0.0) -> None:
+        """Compare the state after a step with the reference's, and keep the first difference."""
+        if self.difference is not None or step > reference.steps:
+            return
+        expected = reference.state(step)
+        for name in [*expected, *(name for name in state if name not in expected)]:
+            self.compared += 1
+            largest = largest_difference(state.get(name), expected.get(name))
+            if largest > tolerance:
+                self.difference = Difference(step, name, largest)
+                return
+
+
+class Tracer(Checkpoint):
+    """Keeps the state after every optimizer step, or compares it with a reference's.
+
+    A ``Checkpoint``, so that it comes after all other callbacks.
+
+    Args:
+        trace: What to fill.
+        reference: What to compare with; without it the states are kept.
+        save_to: Saves a checkpoint into this folder wherever a resume is exact, a new file each time.
+        last: Saves a checkpoint to this one file instead.
+        report: Called with the number of completed steps after each save.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        reference: Trace | None = None,
+        *,
+        save_to: Path | None = None,
+        last: Path | None = None,
+        report: Any = None,
+    ) -> None:
+        self.trace, self.reference = trace, reference
+        self.save_to, self.last, self.report = save_to, last, report
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note where the run starts, and whether the loader has a state."""
+        self.trace.steps = trainer.global_step
+        loaders = CombinedLoader(trainer.train_dataloader).flattened
+        stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
+        self.trace.loader = stateless[0] if stateless else ""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep digests of the batch and of the random state."""
+        number = trainer.fit_loop.total_batch_idx
+        self.trace.batches[number] = digest(batch)
+        self.trace.random[number] = random_digest()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep or compare the state, if an optimizer step was made."""
+        if trainer.global_step > self.trace.steps:
+            self.trace.steps = trainer.global_step
+            state = training_state(pl_module, trainer.optimizers)
+            if self.reference is None:
+                torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
+            else:
+                self.trace.compare(self.trace.steps, state, self.reference)
+        if at_step_boundary(trainer):
+            self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save a checkpoint."""
+        self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        path = self.save_to / name if self.save_to else self.last
+        if path is not None:
+            path.parent.mkdir(exist_ok=True)
+            trainer.save_checkpoint(path)
+            self.trace.checkpoints.append(path)
+        if self.report is not None:
+            self.report(trainer.global_step)
+
+
+def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> State:
+    """Return copies of parameters, buffers and optimizer state, by name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    state = {name: value.detach().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = value.detach().clone()
+    return state
+
+
+def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
+    """Return the largest absolute difference; 0 only for equal tensors, infinity for another shape or dtype."""
+    if value is None or expected is None or value.shape != expected.shape or value.dtype != expected.dtype:
+        return float("inf")
+    if torch.equal(value, expected):
+        return 0.0
+    if not value.is_floating_point():
+        return float((value.long() - expected.long()).abs().max())
+    difference = (value.double() - expected.double()).abs()
+    both_nan = value.isnan() & expected.isnan()
+    return float(torch.where(both_nan, 0.0, difference).nan_to_num(nan=float("inf")).max())
+
+
+def digest(batch: Any) -> str:
+    """Return a digest of all tensors and numbers in a batch."""
+    total = hashlib.blake2b(digest_size=16)
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            if value.layout == torch.strided:
+                value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            total.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+        elif isinstance(value, (str, int, float, bool)):
+            total.update(repr(value).encode())
+
+    apply_to_collection(batch, (Tensor, str, int, float, bool), add)
+    return total.hexdigest()
+
+
+def random_digest() -> str:
+    """Return a digest of the states of Python's, NumPy's and torch's generators."""
+    total = hashlib.blake2b(digest_size=16)
+    total.update(repr(random.getstate()).encode())
+    total.update(pickle.dumps(np.random.get_state()))
+    total.update(torch.get_rng_state().numpy().tobytes())
+    return total.hexdigest()

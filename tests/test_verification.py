@@ -1,0 +1,272 @@
+"""``verify`` passes what is exact, and finds the faults of what is not, with their causes."""
+
+import random
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import (
+    BoringDataModule,
+    BoringDataModuleNoLen,
+    BoringModel,
+    DemoModel,
+    IterableBoringDataModule,
+    ManualOptimBoringModel,
+)
+from lightning.pytorch.demos.lstm import LightningLSTM
+from lightning.pytorch.demos.transformer import LightningTransformer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_basics import (
+    DurableCheckpointIO,
+    LitBlitzNet,
+    LitClassifier,
+    LitLeNet5,
+    RandomState,
+    SyntheticCIFAR10,
+    UserError,
+    verify,
+)
+from lit_basics.cli import main
+
+EXACT = {"callbacks": [RandomState()], "plugins": [DurableCheckpointIO()], "progress": False}
+
+
+class Plain(pl.LightningModule):
+    """A module as anybody would write it, without a part of lit_basics."""
+
+    def __init__(self, dropout=0.0, samples=65, sync_dist=True, reduction="mean"):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
+        self.samples, self.sync_dist = samples, sync_dist
+        self.criterion = nn.CrossEntropyLoss(reduction=reduction)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.criterion(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", self.criterion(self.net(x), y), batch_size=len(y), sync_dist=self.sync_dist)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    def val_dataloader(self):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(self.samples, 4, generator=generator)
+        return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8)
+
+
+def loader(shuffle):
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8, shuffle=shuffle)
+
+
+def images(**options):
+    return SyntheticCIFAR10(48, 10, **{"batch_size": 8, "val_size": 6, **options})
+
+
+def outcomes(report):
+    return {verdict.check: verdict.outcome for verdict in report.verdicts}
+
+
+def test_our_own_module_passes_every_check():
+    report = verify(LitLeNet5(), datamodule=images(crop=2, flip=True), steps=6, accumulate_grad_batches=2, **EXACT)
+    assert outcomes(report) == dict.fromkeys(("loop", "resume", "manual", "ddp", "kill"), "passed"), str(report)
+    assert report.passed
+    assert "11 resume points" in report["resume"].text
+    assert "each of 6 validation samples counted once" in report["ddp"].text
+    assert report["kill"].text.count(",") == 2, "three kills"
+
+
+def test_a_shuffled_loader_of_plain_lightning_fails_to_resume():
+    report = verify(Plain(), loader(shuffle=True), checks=["loop", "resume"], steps=12, **EXACT)
+    assert outcomes(report) == {"loop": "passed", "resume": "failed"}, str(report)
+    assert not report.passed
+    text = report["resume"].text
+    assert "11 of 11 resume points differ; the first, resumed after batch1, at step 2: net.0.weight by " in text
+    assert "the training loader (DataLoader) has no state_dict: batch 1 is of another order" in text
+    assert "ResumableDataLoader" in text
+
+
+def test_an_unshuffled_loader_begins_its_epoch_again():
+    report = verify(Plain(), loader(shuffle=False), checks=["resume"], steps=12, **EXACT)
+    # at the two epochs' ends nothing is lost
+    assert "9 of 11 resume points differ" in report["resume"].text
+    assert "batch 1 is batch 0 again" in report["resume"].text
+
+
+def test_dropout_without_the_random_state_fails():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10))
+    report = verify(LitClassifier(net), datamodule=images(), checks=["resume", "kill"], steps=6, progress=False)
+    assert outcomes(report) == {"resume": "failed", "kill": "failed"}
+    for verdict in report.verdicts:
+        assert "the random state is not in the checkpoint (dropout" in verdict.text
+        assert "RandomState" in verdict.text
+    report = verify(LitClassifier(net), datamodule=images(), checks=["resume", "kill"], steps=6, **EXACT)
+    assert report.passed, str(report)
+
+
+def test_padded_validation_on_two_ranks_fails():
+    report = verify(Plain(), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "failed"}
+    assert "of 65 validation samples two ranks repeat 1 and miss 0: Lightning's sampler pads" in report["ddp"].text
+
+
+def test_a_metric_of_one_rank_only_fails():
+    report = verify(Plain(samples=64, sync_dist=False), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert "val_loss is " in report["ddp"].text
+    assert "sync_dist=True" in report["ddp"].text
+    assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
+
+
+def test_a_summed_loss_fails_on_two_ranks():
+    report = verify(Plain(samples=64, reduction="sum"), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert "two ranks differ from one process on the same global batch at step 1: net.0.weight" in report["ddp"].text
+
+
+class Counting(LitBlitzNet):
+    """Keeps in an attribute, which no checkpoint holds, how it trains."""
+
+    calls = 0
+
+    def compute_loss(self, batch, batch_idx):
+        self.calls += 1
+        return super().compute_loss(batch, batch_idx) * (1 + self.calls % 3)
+
+
+def test_state_outside_the_checkpoint_fails():
+    report = verify(Counting(), datamodule=images(), checks=["resume"], steps=6, **EXACT)
+    assert "keeps outside parameters and buffers" in report["resume"].text
+
+
+class Clock(LitBlitzNet):
+    def compute_loss(self, batch, batch_idx):
+        return super().compute_loss(batch, batch_idx) * random.SystemRandom().random()
+
+
+def test_a_run_that_never_comes_out_the_same_is_said_to():
+    report = verify(Clock(), datamodule=images(), checks=["resume"], steps=4, **EXACT)
+    assert "the same run, made twice, differs at step 1" in report["resume"].text
+
+
+class Own(Plain):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.trainer.global_step == 3:
+            with torch.no_grad():
+                self.net[3].bias.add_(1)
+
+
+def test_a_changed_update_fails_against_the_plain_loop():
+    report = verify(Own(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
+    assert "at step 4: net.3.bias by 1" in report["loop"].text
+    assert "Own overrides optimizer_step" in report["loop"].text
+
+
+class NeedsTrainer(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + self.trainer.current_epoch)
+
+
+def test_a_module_that_needs_a_trainer_has_no_plain_loop():
+    report = verify(NeedsTrainer(), loader(shuffle=False), checks=["loop", "manual"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable", "manual": "not applicable"}
+    line = NeedsTrainer.training_step.__code__.co_firstlineno + 1
+    assert f"it needs a Trainer: RuntimeError at test_verification.py:{line}" in report["loop"].text
+    assert "Plain has one mode" in report["manual"].text.replace("NeedsTrainer", "Plain")
+
+
+class Torn(DurableCheckpointIO):
+    """Writes every third checkpoint in halves."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        torch.save(checkpoint, path)
+        if checkpoint["global_step"] % 3 == 0:
+            path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_checkpoints_that_are_torn_fail():
+    settings = {**EXACT, "plugins": [Torn()]}
+    report = verify(LitBlitzNet(), datamodule=images(), checks=["resume"], steps=6, **settings)
+    assert "resumed after batch3, the run ended in UserError" in report["resume"].text
+    assert "damaged" in report["resume"].text
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (BoringModel, None),
+        (BoringModel, BoringDataModule),
+        (BoringModel, BoringDataModuleNoLen),
+        (BoringModel, IterableBoringDataModule),
+        (ManualOptimBoringModel, None),
+        (DemoModel, BoringDataModule),
+        (LightningLSTM, None),
+        (LightningTransformer, None),
+    ],
+)
+@pytest.mark.slow
+def test_every_demo_module_of_lightning_gets_verdicts(model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = verify(model(), datamodule=data() if data else None, **EXACT)
+    assert len(report.verdicts) == 5
+    assert "Traceback" not in str(report)
+    print(report)
+
+
+def test_a_demo_module_gets_verdicts():
+    report = verify(BoringModel(), datamodule=BoringDataModule(), steps=6, checks=["loop", "resume", "ddp"], **EXACT)
+    assert outcomes(report) == {"loop": "passed", "resume": "failed", "ddp": "passed"}, str(report)
+
+
+def test_a_run_that_fails_is_a_verdict_with_its_line():
+    report = verify(Plain(), loader(shuffle=False), checks=["resume"], steps=4, gradient_clip_algorithm="x", **EXACT)
+    assert "the run ended in MisconfigurationException" in report["resume"].text
+
+
+def test_by_command_nothing_is_touched(tmp_path, capsys):
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "mine").write_text("x")
+    words = ["--config", "quickstart", "--data.train_images", "60", "--data.batch_size", "8", "--steps", "4"]
+    assert main(["verify", *words, "--checks", "loop,kill"]) == 0
+    out, err = capsys.readouterr()
+    rows = out.splitlines()
+    assert [row.split()[:2] for row in rows] == [["loop", "passed"], ["kill", "passed"]]
+    assert "verify" in err, "a progress bar"
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        *("runs", "runs/quickstart", "runs/quickstart/mine"),
+    ]
+
+
+def test_by_command_a_failure_is_exit_code_1(tmp_path, capsys):
+    words = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+    assert main(["verify", *words, "--checks", "resume", "--steps", "4"]) == 1
+    assert "resume  failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--checks", "loop,resum"], "there is no check 'resum'; did you mean 'resume'?"),
+        (["--steps", "many"], "--steps is many; it must be a number of optimizer steps"),
+        (["--steps", "1"], "--steps is 1; it must be at least 2"),
+        (["--run_dir", "here"], "verify takes no --run_dir"),
+    ],
+)
+def test_wrong_words_are_refused(words, message, capsys):
+    assert main(["verify", "--config", "quickstart", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_module_is_not_changed():
+    model = LitBlitzNet()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    verify(model, datamodule=images(), checks=["loop"], steps=2, **EXACT)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="no check"):
+        verify(model, checks=["none"])
