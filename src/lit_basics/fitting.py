@@ -134,9 +134,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     if config.config.metrics_csv:
         loggers.append(MetricsCSV(directory / "metrics.csv", resume=config.resumed))
     arguments["logger"] = [fail_soft(logger) for logger in loggers] or False
-    callbacks = arguments["callbacks"]
-    if config.config.non_finite_guard and not any(isinstance(callback, NonFiniteGuard) for callback in callbacks):
-        callbacks.append(NonFiniteGuard())
+    callbacks = with_guard(config, arguments["callbacks"])
     if arguments["enable_checkpointing"] is not False:
         checkpoints = str(directory / "checkpoints")
         if config.config.best_checkpoint:
@@ -150,11 +148,18 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
         callbacks.insert(0, ResumedData(config.config.resume_reset))
     if config.optimizer_arguments:
         callbacks.append(OptimizerArguments(config.optimizer_arguments))
+    arguments["callbacks"] = callbacks
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
     try:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback]:
+    """Return the callbacks with a NonFiniteGuard, unless there is one or it is switched off."""
+    there = any(isinstance(callback, NonFiniteGuard) for callback in callbacks)
+    return [*callbacks, NonFiniteGuard()] if config.config.non_finite_guard and not there else callbacks
 
 
 def with_durable_checkpoints(plugins: Any, min_seconds: float) -> list[Any]:

@@ -129,7 +129,8 @@ class NonFiniteGuard(pl.Callback):
             self._take_snapshot(trainer, pl_module)
         if not self._buffers:
             self._keep_buffers(pl_module)
-        self._check_if_due(trainer, pl_module)  # a resumed run may have been stopped before its turn
+        if not _accumulating(trainer):
+            self._check_if_due(trainer, pl_module)  # a resumed run may have been stopped before its turn
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keep the loss until the step."""

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm import tqdm
 
+from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, nearest
 from lit_basics.modules import LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
@@ -87,6 +88,9 @@ def verify(
             raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
     if steps < 2:
         raise UserError(f"--steps is {steps}; it must be at least 2")
+    if isinstance(datamodule, ArrayDataModule):
+        datamodule.prepare_data()
+        datamodule.setup("fit")  # once, in memory that all runs share
     subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
     report = Report()
     with (

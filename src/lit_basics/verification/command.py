@@ -3,7 +3,7 @@
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.config import Config
 from lit_basics.errors import UserError
-from lit_basics.fitting import with_durable_checkpoints
+from lit_basics.fitting import with_durable_checkpoints, with_guard
 from lit_basics.verification.checks import CHECKS, STEPS, verify
 from lit_basics.words import option, taken
 
@@ -26,7 +26,7 @@ def verify_config(args: list[str]) -> None:
     config.config.trainer.logger = False
     config.build()
     arguments = dict(config.trainer_arguments)
-    arguments["callbacks"] = [*(arguments["callbacks"] or []), RandomState()]
+    arguments["callbacks"] = [*with_guard(config, arguments["callbacks"] or []), RandomState()]
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], min_seconds=0)
     report = verify(
         config.model,
