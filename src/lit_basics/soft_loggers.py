@@ -79,10 +79,12 @@ def finish_wandb(loggers: Sequence[Logger]) -> None:
         wandb.finish()
     except Exception as error:
         if soft is None:
-            raise
-        soft._switch_off(error)
+            _say(f"W&B failed at the end of the run ({type(error).__name__}: {error})")
+        else:
+            soft._switch_off(error)
         with contextlib.suppress(Exception):
             wandb.teardown()
+        wandb.run = None  # W&B leaves it there
     finally:
         logging.raiseExceptions = noisy
 
@@ -99,11 +101,14 @@ class _Soft:
         if self._soft_failed:
             return
         self._soft_failed = True
-        reason = str(error).strip().partition("\n")[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what Lightning makes of it can be misleading
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0]
         lost = "its rows" if self._soft_step is None else f"its rows from about step {self._soft_step + 1} on"
         folder = _wandb_folder() if isinstance(self, WandbLogger) else None
         _say(
-            f"{self._soft_kind.__name__} failed ({type(error).__name__}: {reason}) and is switched off; "
+            f"{self._soft_kind.__name__} failed ({type(cause).__name__}: {reason}) and is switched off; "
             f"the run goes on, {lost} are not logged there"
             + (f"\n  to upload what was written: wandb sync {folder}" if folder is not None else "")
         )
