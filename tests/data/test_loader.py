@@ -450,9 +450,12 @@ def test_the_whole_matrix_resumes_exactly_from_every_step(module, workers, tmp_p
         {"module": module, "workers": int(workers[0]), **dict(zip(names, values, strict=True))}
         for values in itertools.product(*(FACTORS[name] for name in names))
     ]
+    persistent = "persistent" in workers
+    if persistent:
+        cases = cases[::5]
     resumes = 0
     for number, case in enumerate(cases):
-        failed, tried = resume_everywhere(case, tmp_path / str(number), persistent="persistent" in workers)
+        failed, tried = resume_everywhere(case, tmp_path / str(number), persistent=persistent)
         assert not failed, case
         resumes += len(tried)
     print(f"{module}, {workers}: {len(cases)} cases, {resumes} resumes")
