@@ -35,8 +35,9 @@ class LinearDataModule(pl.LightningDataModule):
         return torch.tensor(self.Y)
 
     def train_dataloader(self) -> ArrayLoader:
-        """Return the points; in their own order if they make one batch."""
-        order = epoch_order(self, len(self.X), shuffle=self.batch_size < len(self.X))
+        """Return the points; in their own order if they make one batch on one process."""
+        several = self.trainer is not None and self.trainer.world_size > 1  # a shuffled batch has equal shares
+        order = epoch_order(self, len(self.X), shuffle=several or self.batch_size < len(self.X))
         return ArrayLoader(self.inputs(), self.targets(), order)
 
     def val_dataloader(self) -> list[Any]:

@@ -5,6 +5,7 @@ and can be killed.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -157,6 +158,7 @@ def _child(work: Work[Any], connection: Connection, log: Path, environment: dict
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
         torch.set_num_threads(1)  # a forked process has none of its parent's threads
         warnings.simplefilter("ignore")
+        logging.disable()
         message: tuple[str, Any]
         try:
             # not as the connection pickles: tensors would be shared with a process that is about to end
