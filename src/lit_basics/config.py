@@ -6,10 +6,12 @@ LightningCLI builds the parser; this adds the recipes' names, the options of a r
 import difflib
 import importlib
 import importlib.metadata
+import math
 import netrc
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +36,9 @@ from lit_basics.words import config_names, taken
 
 RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
 """Options of one run, which its config.yaml does not carry."""
+MANY_VALUES = 10_000
+MAX_DEPTH = 50
+"""How large a config may be, its aliases written out."""
 
 
 class Config(LightningCLI):
@@ -96,10 +101,15 @@ class Config(LightningCLI):
                 raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
             check_trainer(self.config.trainer)
             use_torchruns_processes(self.config.trainer)
+            for key, value in self.config.items():
+                if isinstance(value, float) and math.isnan(value):
+                    raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
             reset_unwritten(self.config, written_keys(args), {})
         except UserError:
             raise
-        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        except RecursionError as error:
+            raise UserError("the configuration is nested too deeply, or contains itself") from error
+        except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
             raise UserError(short_message(str(error), self.parser, args)) from error
 
     def instantiate_classes(self) -> None:
@@ -220,7 +230,7 @@ def check_trainer(settings: Any) -> None:
     Raises:
         UserError: If the settings are no keys and values, or name no accelerator or strategy that there is.
     """
-    if not isinstance(settings, jsonargparse.Namespace):
+    if not isinstance(settings, jsonargparse.Namespace) or "accelerator" not in settings:
         raise UserError(f"trainer is {settings}; it must hold keys and values, such as max_epochs: 3")
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
     found = [name for name in accelerators if AcceleratorRegistry[name]["accelerator"].is_available()]
@@ -342,10 +352,21 @@ def config_path(name: str) -> Path:
         where = f" at line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or type(error).__name__
         raise UserError(f"--config {name}: not a YAML text file{where} ({reason})") from error
+    if sum(1 for _ in zip(_values(content), range(MANY_VALUES + 1), strict=False)) > MANY_VALUES:
+        raise UserError(f"--config {name}: the file holds more than {MANY_VALUES} values, or one that contains itself")
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise UserError(f"--config {name}: the file {what}")
     return path
+
+
+def _values(content: Any, depth: int = 0) -> Iterator[None]:
+    """Yield once for each value, as often as an alias repeats it; a few lines of YAML can stand for millions."""
+    yield
+    if depth > MAX_DEPTH:
+        raise UserError(f"a config is nested more than {MAX_DEPTH} deep, or contains itself")
+    for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _values(inner, depth + 1)
 
 
 def all_names() -> list[str]:

@@ -62,7 +62,7 @@ def fit(args: list[str]) -> None:
         if not config.resumed and (trainer is None or not trainer.global_step):
             remove_traces(directory, made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
-            if ours and type(error) is RuntimeError:
+            if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError):
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
