@@ -139,6 +139,18 @@ def test_auto_takes_the_newest_good_run_of_the_recipe(tmp_path, capsys):
     assert len(list((tmp_path / "runs" / "quickstart").iterdir())) == 2
 
 
+def test_another_number_of_threads_is_said(tmp_path):
+    # without the comparison in RandomState there is no warning
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(UserWarning, match=f"the run had {threads} threads, here are {threads + 1}"):
+            assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     run = fit(*SMALL, "--trainer.max_epochs", "1")
     before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}

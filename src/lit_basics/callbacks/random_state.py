@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
 class RandomState(pl.Callback):
@@ -13,7 +14,7 @@ class RandomState(pl.Callback):
 
     Lightning saves none. Each process gets its own back. Works in any Lightning project. It also keeps
     Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run with ``max_steps`` is resumed
-    at an epoch's end.
+    at an epoch's end, and warns if the number of threads is another.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,13 @@ class RandomState(pl.Callback):
         if self._loaded is None:
             return
         if len(self._loaded) == trainer.world_size:
-            set_generator_states(self._loaded[trainer.global_rank])
+            state = self._loaded[trainer.global_rank]
+            set_generator_states(state)
+            if state["threads"] != torch.get_num_threads():
+                rank_zero_warn(
+                    f"the run had {state['threads']} threads, here are {torch.get_num_threads()}: sums may round "
+                    f"differently; OMP_NUM_THREADS={state['threads']} gives the same"
+                )
         self._loaded = None
         loop = trainer.fit_loop
         if loop.restarted_on_epoch_end:  # with max_steps only; without, Lightning itself begins the next epoch
@@ -50,7 +57,7 @@ class RandomState(pl.Callback):
 
 
 def generator_states() -> dict[str, Any]:
-    """Return the states of this process's generators, as tensors and primitives."""
+    """Return the states of this process's generators, as tensors and primitives, and its number of threads."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -63,6 +70,7 @@ def generator_states() -> dict[str, Any]:
         ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "threads": torch.get_num_threads(),
     }
 
 
