@@ -145,3 +145,55 @@ def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", real)
     io.teardown()
     assert io.load_checkpoint(path)["step"] == 2
+
+
+def fail_last_rename(monkeypatch, target):
+    real = os.replace
+
+    def replace(source, destination):
+        if str(destination) == str(target):
+            raise OSError(5, "Input/output error")
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_saves_that_fail_again_and_again_leave_the_good_checkpoint(tmp_path, monkeypatch):
+    """Without the file's own sum being kept, its sum has left the list after the third failure."""
+    io, path = saved(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        fail_last_rename(patch, path)
+        for value in range(3, 10):
+            with pytest.raises(OSError, match="Input/output"):
+                io.save_checkpoint(checkpoint(value), path)
+            assert io.load_checkpoint(path)["step"] == 2
+    io.save_checkpoint(checkpoint(3), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with monkeypatch.context() as patch:
+        fail_last_rename(patch, path)
+        for value in range(4, 10):
+            with pytest.raises(OSError, match="Input/output"):
+                io.save_checkpoint(checkpoint(value), path)
+    with pytest.warns(UserWarning, match="damaged"):  # it was not put in the place of the good one before it
+        assert io.load_checkpoint(path)["step"] == 2
+    io.save_checkpoint(checkpoint(10), path)
+    assert io.load_checkpoint(path)["step"] == 10
+
+
+def test_a_checkpoint_without_sums_is_not_lost_to_a_failing_save(tmp_path, monkeypatch):
+    """Without its sum being taken over, the foreign file is refused once the sums of the new one are there."""
+    path = tmp_path / "a.ckpt"
+    torch.save(checkpoint(1), path)
+    fail_last_rename(monkeypatch, path)
+    io = DurableCheckpointIO()
+    with pytest.raises(OSError, match="Input/output"):
+        io.save_checkpoint(checkpoint(2), path)
+    assert io.load_checkpoint(path)["step"] == 1
+
+
+def test_what_a_killed_save_leaves_is_removed(tmp_path):
+    io, path = saved(tmp_path, 1)
+    (tmp_path / ".a.ckpt.x1y2").write_bytes(b"staged")
+    (tmp_path / ".a.ckpt.sha256.x1y2").write_bytes(b"staged")
+    io.save_checkpoint(checkpoint(2), path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"]

@@ -1,14 +1,17 @@
 """Checkpoints that survive a crash while they are written, and damage afterwards."""
 
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file, sync_folder
+
+
+VERSION = "lit_basics_version"
+"""Key of a checkpoint: the version that wrote it."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -60,7 +67,7 @@ class DurableCheckpointIO(CheckpointIO):
             raise TypeError("DurableCheckpointIO takes no storage_options")
         target = Path(path)
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)  # a copy: the live weights may change from here on
+        torch.save({**checkpoint, VERSION: version("lit_basics")}, buffer)  # a copy: the live weights may change from here on
         if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
             self._held[target] = buffer.getvalue()
         else:
@@ -126,6 +133,10 @@ def write_checked(path: Path, content: bytes) -> None:
         OSError: If it cannot be written or reads back differently; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # by a save that was killed
+        left.unlink(missing_ok=True)
+    known = known_digests(path)
+    good = _good_digest(path, known)
     descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -135,16 +146,23 @@ def write_checked(path: Path, content: bytes) -> None:
         digest = hashlib.sha256(content).hexdigest()
         if file_digest(Path(staged)) != digest:
             raise OSError(f"{path} could not be written: the disk returns other bytes")
-        # the sums of the new file come first: whichever files a crash leaves, their sums are listed
+        # before the files change: whichever of them a crash leaves, and however many crashes, their sums are listed
+        stays = good or _good_digest(previous_path(path), known)
         with replace_file(checksum_path(path)) as sums:
-            sums.write(json.dumps([digest, *known_digests(path)[:2]]).encode())
-        if path.exists():
+            sums.write(json.dumps(list(dict.fromkeys([digest, *filter(None, [stays]), *known]))[:4]).encode())
+        if good:  # a damaged file must not take the place of the good one before it
             _keep_as_previous(path)
         os.replace(staged, path)
     except BaseException:
         Path(staged).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _good_digest(path: Path, known: list[str]) -> str | None:
+    """Return the SHA-256 of a file if it is known, or if none is; None if it is damaged or not there."""
+    digest = file_digest(path) if path.is_file() else None
+    return digest if digest in known or not known else None
 
 
 def _keep_as_previous(path: Path) -> None:
@@ -155,6 +173,7 @@ def _keep_as_previous(path: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, link)
     os.replace(link, previous_path(path))
+    link.unlink(missing_ok=True)  # a rename onto the same file does nothing
 
 
 def known_digests(path: Path) -> list[str]:
@@ -189,6 +208,7 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             reasons.append(f"{file} is damaged or not a checkpoint: {reason[:150]}")
         else:
+            check_versions(checkpoint, file)
             if reasons:
                 rank_zero_warn(f"{reasons[0]}; going on from {file}")
             return checkpoint
@@ -210,6 +230,25 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError("it has no state_dict")
     return checkpoint
+
+
+def check_versions(checkpoint: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that a newer lit_basics or Lightning wrote: it may hold what this one would drop.
+
+    Raises:
+        UserError: If the major version (before 1.0 the minor one too) is higher than the one installed.
+    """
+    for name, wrote, here in (
+        ("lit_basics", checkpoint.get(VERSION), version("lit_basics")),
+        ("lightning", checkpoint.get("pytorch-lightning_version"), pl.__version__),
+    ):
+        if isinstance(wrote, str) and _series(wrote) > _series(here):
+            raise UserError(f"{path} was written by a newer {name}, {wrote}; here is {here}: upgrade {name} to use it")
+
+
+def _series(version: str) -> tuple[int, int]:
+    major, minor, *_ = [*(int(number) for number in re.findall(r"\d+", version)), 0, 0]
+    return major, 0 if major else minor
 
 
 def load_weights(model: pl.LightningModule, path: Path) -> None:

@@ -42,6 +42,8 @@ class Witness(pl.Callback):
         with (self.directory / f"seen{trainer.global_rank}.txt").open("a") as file:
             file.write(f"{trainer.global_step} {trainer.current_epoch} {images}\n")
         batch[0].add_(torch.randn_like(batch[0]), alpha=0.01)
+        if os.environ.get("SLEEP_AT_STEP") == str(trainer.global_step):
+            time.sleep(60)
 
 
 def watched_main(words):
@@ -69,9 +71,10 @@ def _forked(words, output):
     os._exit(code)
 
 
-def start_fit(run, *more):
-    """Start ``lit_basics fit`` in a forked process; its output is appended to ``<run>.txt``."""
-    process = FORKS.Process(target=_forked, args=(("fit", *WORDS, "--run_dir", str(run), *more), f"{run}.txt"))
+def start_fit(run, *more, output=None):
+    """Start ``lit_basics fit`` in a forked process; its output is appended to a file, by default ``<run>.txt``."""
+    words = ("fit", *WORDS, "--run_dir", str(run), *more)
+    process = FORKS.Process(target=_forked, args=(words, str(output or f"{run}.txt")))
     process.start()
     return process
 
