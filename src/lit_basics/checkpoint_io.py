@@ -23,7 +23,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file, sync_folder
 
-
 VERSION = "lit_basics_version"
 """Key of a checkpoint: the version that wrote it."""
 
@@ -67,7 +66,8 @@ class DurableCheckpointIO(CheckpointIO):
             raise TypeError("DurableCheckpointIO takes no storage_options")
         target = Path(path)
         buffer = io.BytesIO()
-        torch.save({**checkpoint, VERSION: version("lit_basics")}, buffer)  # a copy: the live weights may change from here on
+        # a copy: the live weights may change from here on
+        torch.save({**checkpoint, VERSION: version("lit_basics")}, buffer)
         if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
             self._held[target] = buffer.getvalue()
         else:
@@ -246,8 +246,8 @@ def check_versions(checkpoint: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path} was written by a newer {name}, {wrote}; here is {here}: upgrade {name} to use it")
 
 
-def _series(version: str) -> tuple[int, int]:
-    major, minor, *_ = [*(int(number) for number in re.findall(r"\d+", version)), 0, 0]
+def _series(number: str) -> tuple[int, int]:
+    major, minor, *_ = [*(int(part) for part in re.findall(r"\d+", number)), 0, 0]
     return major, 0 if major else minor
 
 
@@ -260,7 +260,7 @@ def load_weights(model: pl.LightningModule, path: Path) -> None:
     checkpoint = load_checked(path)
     try:
         model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is a checkpoint of another model than {type(model).__name__}: {_first_key(error)}"
         ) from error

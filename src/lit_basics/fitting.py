@@ -2,12 +2,14 @@
 
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -28,6 +30,9 @@ from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, 
 from lit_basics.run_directory import new_run_directory, remove_traces, share
 from lit_basics.soft_loggers import fail_soft, finish_wandb
 from lit_basics.words import config_names, option
+
+RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "load_state_dict", "on_train_start"}
+"""Functions, of Lightning and of callbacks, that give a state back: an error in one is about the checkpoint."""
 
 
 def fit(args: list[str]) -> None:
@@ -59,6 +64,15 @@ def fit(args: list[str]) -> None:
         rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
         raise SystemExit(1) from error
     except Exception as error:
+        frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if (
+            config.config.ckpt_path
+            and frames & RESTORING
+            and not isinstance(error, (UserError, OSError, MisconfigurationException))
+        ):
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+            path = config.config.ckpt_path
+            raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
         if not config.resumed and (trainer is None or not trainer.global_step):
             remove_traces(directory, made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")

@@ -44,6 +44,8 @@ def _is_user_error(error: Exception) -> bool:
         r"Target .* is out of bounds",
         r"Early stopping conditioned on metric",
         r"No supported gpu",
+        r"is missing the required \"forward\" function",
+        r"can.t allocate memory|not enough memory",
     )
     return any(re.search(pattern, str(error)) for pattern in patterns)
 
