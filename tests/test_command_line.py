@@ -54,6 +54,16 @@ def test_the_same_command_five_times_loses_nothing(tmp_path):
     assert all(files(run) == PROMISED for run in runs)
 
 
+@pytest.mark.slow
+def test_the_same_command_five_times_at_once_loses_nothing(tmp_path):
+    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL]
+    processes = [subprocess.Popen(command) for _ in range(5)]
+    assert [process.wait(timeout=300) for process in processes] == [0] * 5
+    runs = list((tmp_path / "runs" / "quickstart").iterdir())
+    assert len(runs) == 5
+    assert all(files(run) == PROMISED for run in runs)
+
+
 def test_the_same_command_gives_the_same_weights(tmp_path):
     states = [torch.load(fit(*SMALL, run_dir=name) / "best.pth", weights_only=True) for name in ("a", "b")]
     assert_equal(*states)
