@@ -1,6 +1,8 @@
 """Wrong input: exit code 2, one short message that names the value, the place and what is valid, nothing lost."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -485,3 +487,55 @@ def test_as_a_program(tmp_path, line, fragments):
     assert_short(done.stderr, *fragments)
     assert (done.returncode, done.stdout) == (2, "")
     assert snapshot(tmp_path) == {}
+
+
+# what cannot be written or read
+
+
+def fill(folder):
+    with (folder / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A full file system of 8 MB; the run's directory on it can be made, and an empty file."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted")
+    fill(folder)
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_refused_before_the_first_step(refused, small_disk):
+    """Without what ``check_writable`` writes this trains, and fails with a traceback at the first checkpoint."""
+    refused([*QUICK, *SMALL, "--run_dir", small_disk / "run"], "cannot be written", "No space left", "--run_dir")
+
+
+def test_a_read_only_disk_is_refused_before_the_first_step(refused, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused([*QUICK, *SMALL, "--run_dir", small_disk / "run"], "cannot be written", "Read-only", "--run_dir")
+
+
+def test_resuming_on_a_disk_that_cannot_be_written(refused, trained, small_disk):
+    (small_disk / "ballast").unlink()
+    shutil.copytree(trained, small_disk / "run")
+    fill(small_disk)
+    words = ["fit", "--resume", small_disk / "run", "--trainer.max_epochs", "2"]
+    refused(words, "cannot be written", "No space left")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused(words, "cannot be written", "Read-only")
+
+
+def test_a_checkpoint_that_cannot_be_read(refused, trained, tmp_path):
+    (tmp_path / "my.ckpt").write_bytes((trained / "checkpoints" / "best.ckpt").read_bytes())
+    (tmp_path / "my.ckpt").chmod(0)
+    if os.access(tmp_path / "my.ckpt", os.R_OK):
+        pytest.skip("root reads everything")
+    refused(["test", "--config", "quickstart", "--ckpt_path", "my.ckpt"], "my.ckpt", "Permission denied")

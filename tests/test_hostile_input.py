@@ -366,7 +366,7 @@ def fuzz_configs(count, watch, first=0):
         code, message = run([*words, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"])
         codes.append(code)
         what = f"{number} {mutate.__name__} of {name}"
-        if code == 1 and "finite" in message:  # an infinite learning rate: the guard's own exit code
+        if code == 1 and " at step 1 (" in message:  # an infinite learning rate: the guard against such values
             continue
         if code not in (0, 2):
             wrong.append(f"{what}: {code}")
@@ -379,9 +379,9 @@ def fuzz_configs(count, watch, first=0):
 
 
 def test_mutated_configs(watch):
-    codes, wrong = fuzz_configs(63, watch)
+    codes, wrong = fuzz_configs(42, watch)
     assert not wrong, "\n".join(wrong)
-    assert codes.count(0) >= 5
+    assert codes.count(0) >= 3
     assert codes.count(2) >= 20
 
 

@@ -71,6 +71,11 @@ class _Problem:
 
 def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     """Return ``message``, an error of ``parser`` at ``args``, in a line or two."""
+    short = _in_our_words(message, parser, args)
+    return short if len(short) <= 400 else f"{short[:197]} ... {short[-197:]}"
+
+
+def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     problem = _read(message)
     key, reason = problem.key, problem.reasons[0] if problem.reasons else message.strip()
     place = _place(key, args)

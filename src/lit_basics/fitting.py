@@ -27,7 +27,7 @@ from lit_basics.loggers import MetricsCSV
 from lit_basics.recipes import recipe_names
 from lit_basics.recording import recorder_of
 from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run
-from lit_basics.run_directory import new_run_directory, remove_traces, share
+from lit_basics.run_directory import check_writable, new_run_directory, remove_traces, share
 from lit_basics.soft_loggers import fail_soft, finish_wandb
 from lit_basics.words import config_names, option
 
@@ -112,6 +112,7 @@ def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
             print(f"there is no run to resume: starting afresh in {directory}")
     else:
         (directory, checkpoint), made = found, []
+        check_writable(directory)
         config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
         config.optimizer_arguments = check_changes(
             yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict(), config.config.resume_reset

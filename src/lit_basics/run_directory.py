@@ -16,6 +16,8 @@ _RUN_DIR = "LIT_BASICS_RUN_DIR"
 
 CONTENTS = ("config.yaml", "metrics.csv", "checkpoints", "best.pth")
 """What a run leaves in its directory, next to its loggers' files."""
+TRIAL = 1 << 18
+"""Bytes of a trial file: more than an empty file, which a full disk still takes, and soon written."""
 
 
 def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) -> tuple[Path, list[Path]]:
@@ -53,16 +55,35 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
             raise UserError(
                 f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
             )
-        with replace_file(directory / ".writable"):
-            pass
-        (directory / ".writable").unlink()
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"the run directory {directory} cannot be written: {reason}; choose one by --run_dir"
-        ) from error
+        raise _not_writable(directory, error) from error
+    try:
+        check_writable(directory)
+    except UserError:
+        remove_traces(directory, made)
+        raise
     share(directory)
     return directory, made
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a directory on a disk that is full or read-only, before a run's first step.
+
+    Raises:
+        UserError: If a file of :data:`TRIAL` bytes cannot be written into it.
+    """
+    try:
+        with replace_file(directory / ".writable") as file:
+            file.write(bytes(TRIAL))
+        (directory / ".writable").unlink()
+    except OSError as error:
+        raise _not_writable(directory, error) from error
+
+
+def _not_writable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the run directory {directory} cannot be written: {error.strerror or error}; choose one by --run_dir"
+    )
 
 
 def share(directory: Path) -> None:
