@@ -52,6 +52,8 @@ class TrainingHooks(pl.Callback):
         there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
+            skip_empty_hooks(callback)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
@@ -172,6 +174,23 @@ class TrainingHooks(pl.Callback):
     ) -> None:
         """Keep it until training starts."""
         self._resumed = checkpoint.get("lit_basics")
+
+
+BATCH_HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+
+
+def skip_empty_hooks(callback: pl.Callback) -> None:
+    """Take away the hooks of a batch that a callback does not override.
+
+    Lightning enters its profiler for each, about 2 µs, but passes over what cannot be called: with ten callbacks
+    that is a tenth of a millisecond a step.
+    """
+    for name in BATCH_HOOKS:
+        if getattr(type(callback), name) is getattr(pl.Callback, name) and name not in vars(callback):
+            setattr(callback, name, None)
 
 
 def step_schedulers(module: LitSupervised, interval: str, *, plateau: bool) -> None:
