@@ -232,6 +232,11 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
     return checkpoint
 
 
+def is_whole(path: Path) -> bool:
+    """Return whether a file has the checksum that was written with it."""
+    return path.is_file() and file_digest(path) in known_digests(path)
+
+
 def check_versions(checkpoint: dict[str, Any], path: Path) -> None:
     """Refuse a checkpoint that a newer lit_basics or Lightning wrote: it may hold what this one would drop.
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from lit_basics.checkpoint_io import load_checked
+from lit_basics.checkpoint_io import is_whole, load_checked
 from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
 
@@ -40,6 +40,8 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
             try:
                 load_checked(checkpoint)
             except UserError:
+                if is_whole(checkpoint):
+                    raise  # of a newer version, or with other things than tensors: beginning anew would lose it
                 continue
             if (directory / "config.yaml").is_file():
                 return directory, checkpoint

@@ -89,7 +89,8 @@ def test_signals(launcher, count, whole, tmp_path):
         if number % 5 == 0:
             assert finished(launcher, run, *RESUME) == whole
     print(
-        f"\n{launcher}: {count} of {count} left with 143; seconds {min(taken):.1f} to {max(taken):.1f}; each 5th resumed, equal"
+        f"\n{launcher}: {count} of {count} left with 143; seconds {min(taken):.1f} to {max(taken):.1f}; "
+        "each 5th resumed, equal"
     )
 
 
