@@ -63,11 +63,18 @@ class LastCheckpoint(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
 
-def at_step_boundary(trainer: pl.Trainer) -> bool:
+def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:
     """Return whether a save at the end of this batch would be resumed exactly.
 
-    Lightning does not make up for a validation, or an epoch's end, that was due right after the save.
+    Lightning does not make up for a validation, or an epoch's end, that was due right after the save, and keeps no
+    gradients that are accumulated half-way.
+
+    Args:
+        trainer: The Trainer.
+        halfway: Whether such gradients are kept, as those of a LitSupervised are.
     """
+    if not halfway and (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+        return False
     check = trainer.val_check_batch
     validates = check not in (None, float("inf")) and (trainer.fit_loop.batch_idx + 1) % int(check) == 0
     return not trainer.is_last_batch and not validates

@@ -3,14 +3,18 @@
 Every run of a check is a process of its own, on the CPU, in one thread, and writes into a temporary folder only.
 """
 
+import inspect
 import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,10 +26,10 @@ from lit_basics.errors import UserError, nearest
 from lit_basics.modules import LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
 from lit_basics.verification.plain_loop import NotApplicable
-from lit_basics.verification.ranks import RANKS, environments, joined
+from lit_basics.verification.ranks import RANKS, environments, has_samples, joined
 from lit_basics.verification.report import Outcome, Report, Verdict
 from lit_basics.verification.runs import Subject
-from lit_basics.verification.tracing import Difference, Trace, largest_difference
+from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference
 
 CHECKS = ("loop", "resume", "manual", "ddp", "kill")
 STEPS = 24
@@ -83,6 +87,13 @@ def verify(
     Raises:
         UserError: If a check does not exist or ``steps`` is below 2.
     """
+    if not checks:
+        raise UserError(f"there is no check to make; there is {', '.join(CHECKS)}")
+    for name in trainer_arguments:
+        if name not in inspect.signature(pl.Trainer).parameters:
+            raise UserError(
+                f"the Trainer has no argument {name!r}{nearest(name, inspect.signature(pl.Trainer).parameters)}"
+            )
     for check in checks:
         if check not in CHECKS:
             raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
@@ -94,6 +105,7 @@ def verify(
     subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
     report = Report()
     with (
+        ending_on_sigterm(),
         tempfile.TemporaryDirectory(prefix="lit_basics_verify_") as folder,
         tqdm(total=1, desc="verify", unit="run", disable=not progress, leave=False, dynamic_ncols=True) as bar,
     ):
@@ -108,6 +120,23 @@ def verify(
     return report
 
 
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Leave the body by an exception on SIGTERM, so that processes and folders are cleared away."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Verification:
     """The checks of one subject, with the runs that they share."""
 
@@ -115,6 +144,7 @@ class Verification:
         self.subject, self.folder, self.bar = subject, folder, bar
         self.log = folder / "output.txt"
         self._reference: Trace | None = None
+        self._bare: Trace | None = None
 
     def verdict(self, check: str) -> Verdict:
         """Make one check."""
@@ -156,9 +186,23 @@ class Verification:
             self._reference = trace
         return self._reference
 
+    def bare(self) -> Trace:
+        """Return the trace of a run without validation and callbacks, made at the first call.
+
+        Raises:
+            NotApplicable: If only with them it trains.
+        """
+        if self._bare is None:
+            try:
+                self._bare = self.one(partial(self.subject.bare, folder=self.folder / "bare"))
+            except RunError as error:
+                self.reference()
+                raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
+        return self._bare
+
     def loop(self) -> str:
         """Compare the Trainer with a plain loop."""
-        bare: Trace = self.one(partial(self.subject.bare, folder=self.folder / "bare"))
+        bare = self.bare()
         try:
             trace: Trace = self.one(partial(self.subject.loop, folder=self.folder / "loop", reference=bare))
         except RunError as error:
@@ -166,6 +210,7 @@ class Verification:
                 raise NotApplicable(error.reason) from error
             raise NotApplicable(f"a plain loop cannot run it, it needs a Trainer: {error}") from error
         if trace.difference is not None:
+            self.reference()  # says so if no two runs are equal
             cause = loop_cause(self.subject.model, trace, bare)
             raise Failed(f"differs from a plain loop's {trace.difference}; {cause}")
         assert_same_length(trace, bare)
@@ -174,15 +219,17 @@ class Verification:
     def resume(self) -> str:
         """Resume at every checkpoint of the reference."""
         reference = self.reference()
+        # the last may have been saved twice, at the end of a batch and of an epoch
+        points = [path for path in dict.fromkeys(reference.checkpoints) if path != reference.checkpoints[-1]]
         works = [
             partial(self.subject.trace, folder=self.folder / path.stem, reference=reference, checkpoint=path)
-            for path in reference.checkpoints[:-1]
+            for path in points
         ]
         if not works:
             raise NotApplicable("the run is too short to be stopped within it")
         self.bar.total += len(works)
         compared, failed = 0, []
-        for path, run in zip(reference.checkpoints, run_all(works, self.log, self.bar.update), strict=False):
+        for path, run in zip(points, run_all(works, self.log, self.bar.update), strict=True):
             try:
                 trace: Trace = run.result()
             except RunError as error:
@@ -193,11 +240,10 @@ class Verification:
         if not failed:
             return f"{len(works)} resume points, {compared} comparisons: equal to the uninterrupted run"
         stem, trace = failed[0]
-        raise Failed(
-            f"{len(failed)} of {len(works)} resume points differ; the first, resumed after {stem}, "
-            f"{trace.difference or f'made {trace.steps} steps instead of {reference.steps}'}; "
-            f"{resume_cause(trace, reference)}"
-        )
+        what = f"made {trace.steps} steps instead of {reference.steps}"
+        if trace.difference is not None:
+            what = f"{trace.difference}; {resume_cause(trace, reference)}"
+        raise Failed(f"{len(failed)} of {len(works)} resume points differ; the first, resumed after {stem}, {what}")
 
     def manual(self) -> str:
         """Compare manual with automatic optimization."""
@@ -230,11 +276,15 @@ class Verification:
         equal = f"{steps} steps, {compared} comparisons: two ranks equal one"
         if not (loader and is_overridden("validation_step", model)):
             return f"{equal}; no validation"
+        if isinstance(self.subject.arguments.get("limit_val_batches"), int):
+            return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
         alone, metrics = self.one(partial(self.subject.validate, folder=self.folder, ranks=1))
         ranks = self._ranks(partial(self.subject.validate, folder=self.folder, ranks=RANKS))
         seen = ranks[0][0] + ranks[1][0]
         if seen != alone:
             repeated, missed = (seen - alone).total(), (alone - seen).total()
+            if repeated == alone.total():
+                raise Failed(f"each of two ranks validates all {repeated} samples: share them out by rank")
             raise Failed(
                 f"of {alone.total()} validation samples two ranks repeat {repeated} and miss {missed}: "
                 "Lightning's sampler pads to equal shares; a loader whose shares may differ does not "
@@ -264,9 +314,16 @@ class Verification:
                 )
             except RunError:
                 if precision is None:
+                    self.bare()
                     raise
                 continue  # it cannot train in float64
+            except (RuntimeError, TypeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise NotApplicable(f"the ranks' batches cannot be put together into one: {reason}") from error
             break
+        (first, _), (second, _) = ranks
+        if first[0] and has_samples(first[0][0]) and digest(first[0][0]) == digest(second[0][0]):
+            raise Failed("both ranks train on the same batches: share the samples out by rank")
         lengths = {len(alone), *(len(states) for _, states in ranks)}
         if len(lengths) > 1 or not alone:
             raise Failed(f"two ranks made {[len(states) for _, states in ranks]} steps, one process {len(alone)}")
@@ -280,8 +337,11 @@ class Verification:
                         raise Failed(
                             f"two ranks differ from one process on the same global batch "
                             f"{Difference(step, name, largest)}; a loss that is not the mean over its batch, or a "
-                            "layer that looks at the whole batch, would do that"
+                            "layer that looks at the whole batch, would do that (or batches that cannot be put "
+                            "together along their first dimension)"
                         )
+        if not compared:
+            raise Failed("there was nothing to compare: the module has no parameters")
         return len(alone), compared
 
     def _ranks(self, work: Callable[[Callable[[int], None]], Any]) -> list[Any]:
@@ -325,13 +385,12 @@ class Verification:
                 after = f"killed after step {moments[-1]}, the restarted" if moments else "the"
                 raise Failed(f"{after} run ended in {error}") from error
             compared += trace.compared
+            since = f"restarted after a kill at step {moments[-1]}" if moments else "made again"
+            if trace.steps != reference.steps:
+                raise Failed(f"{since}, the run made {trace.steps} steps instead of {reference.steps}")
             if trace.difference is not None:
-                raise Failed(
-                    f"restarted after a kill at step {moments[-1]}, the run differs {trace.difference}; "
-                    f"{resume_cause(trace, reference)}"
-                )
+                raise Failed(f"{since}, the run differs {trace.difference}; {resume_cause(trace, reference)}")
             if len(moments) >= KILLS and trace.compared:
-                assert_same_length(trace, reference)
                 after = ", ".join(map(str, moments))
                 return f"killed in the steps after {after}; {compared} comparisons: equal to the uninterrupted run"
             shutil.rmtree(folder)  # it was quicker than a kill: once more
@@ -363,8 +422,8 @@ def kill_after(run: Run, step: int | None) -> bool:
             seconds = (time.monotonic() - started) / (run.step - first) if run.step > first else 0.01
             time.sleep(random.SystemRandom().uniform(0, 1.5 * min(seconds, 5.0)))
             run.kill()
-            step = None
-    return bool(run.process.exitcode == -signal.SIGKILL)
+            return bool(run.process.exitcode == -signal.SIGKILL)
+    return False
 
 
 def resume_cause(trace: Trace, reference: Trace) -> str:
@@ -380,8 +439,8 @@ def resume_cause(trace: Trace, reference: Trace) -> str:
         )
     if drawn is not None and (batch is None or drawn <= batch):
         return (
-            "the random state is not in the checkpoint (dropout, augmentation, a shuffled loader draw from it); "
-            "the callback RandomState saves it"
+            "the random state is not in the checkpoint (dropout, augmentation, a shuffled loader draw from it): "
+            "the callback RandomState saves it, and ResumableDataLoader, unlike a DataLoader, draws nothing from it"
         )
     if batch is not None:
         return f"the state of the training loader does not bring back its order: batch {batch} is another"

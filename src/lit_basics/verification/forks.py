@@ -9,8 +9,11 @@ import logging
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,8 +55,9 @@ class Run:
 
     def __init__(self, work: Work[Any], log: Path, environment: dict[str, str] | None = None) -> None:
         context = multiprocessing.get_context("fork")
+        state = random.getstate()  # Python draws a new one in a forked process
         self.connection, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(work, theirs, log, environment or {}))
+        self.process = context.Process(target=_child, args=(work, theirs, log, environment or {}, state))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
             self.process.start()
@@ -93,9 +97,12 @@ class Run:
         return self._result
 
     def kill(self) -> None:
-        """End the process by SIGKILL, if it is there."""
+        """End the process by SIGKILL, if it is there, and take what it has said."""
         self.process.kill()
         self.process.join()
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            while self.connection.poll() and self.receive():
+                pass
 
 
 def run_all(works: Sequence[Work[T]], log: Path, done: Callable[[], None]) -> list[Run]:
@@ -149,13 +156,17 @@ def _ready(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.connection in ready]
 
 
-def _child(work: Work[Any], connection: Connection, log: Path, environment: dict[str, str]) -> None:
+def _child(
+    work: Work[Any], connection: Connection, log: Path, environment: dict[str, str], state: tuple[Any, ...]
+) -> None:
     with log.open("a") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
         sys.stdout = sys.stderr = output
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        random.setstate(state)
         torch.set_num_threads(1)  # a forked process has none of its parent's threads
         warnings.simplefilter("ignore")
         logging.disable()
@@ -169,3 +180,10 @@ def _child(work: Work[Any], connection: Connection, log: Path, environment: dict
         with contextlib.suppress(BrokenPipeError):
             connection.send(message)
         connection.close()
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has gone, by whatever signal."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -67,6 +68,7 @@ def plain_loop(
         if owner is not None:
             owner.prepare_data()
             owner.setup("fit")
+    module.configure_model()
     source = loaders if loaders is not None else (datamodule or module).train_dataloader()
     loader = source if len(CombinedLoader(source).flattened) == 1 else CombinedLoader(source, "max_size_cycle")
     dtype = DTYPES.get(precision)
@@ -76,6 +78,7 @@ def plain_loop(
     parameters = inspect.signature(step_of).parameters
     if "dataloader_iter" in parameters:
         raise NotApplicable("training_step draws its batches itself (dataloader_iter)")
+    counters = counting(module)
     hook(module, "on_fit_start")
     hook(module, "on_train_start")
     done = epoch = number = 0
@@ -112,6 +115,7 @@ def plain_loop(
 
                     optimizer.step(closure)
                 done += 1
+                counters["global_step"] = done
                 update(schedulers, "step", index)
                 after_step(done, optimizers)
             else:
@@ -122,6 +126,7 @@ def plain_loop(
         hook(module, "on_train_epoch_end")
         update(schedulers, "epoch", epoch)
         epoch += 1
+        counters["current_epoch"] = epoch
 
 
 @contextmanager
@@ -185,12 +190,21 @@ def update(schedulers: list[dict[str, Any]], interval: str, index: int) -> None:
 def numbered(loader: Any, batches: int | float) -> Iterator[tuple[int, Any, bool]]:
     """Yield each batch with its index, and whether it is the epoch's last."""
     limit = batches
-    if hasattr(loader, "__len__"):
+    if sized_len(loader) is not None:
         limit = min(len(loader), batches) if isinstance(batches, int) else int(len(loader) * batches)
     ahead = enumerate(islice(iter(loader), None if limit == float("inf") else int(limit)))
     for index, item in ahead:
         batch = item[0] if isinstance(loader, CombinedLoader) else item
         yield index, batch, index + 1 == limit
+
+
+def counting(module: pl.LightningModule) -> dict[str, int]:
+    """Return the module's ``current_epoch`` and ``global_step``, which are 0 without a Trainer, to be set here."""
+    counters = {"current_epoch": 0, "global_step": 0}
+    kind = type(module)
+    properties = {name: property(lambda _, name=name: counters[name]) for name in counters}  # type: ignore[misc]
+    module.__class__ = type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__})
+    return counters
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

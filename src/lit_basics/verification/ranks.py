@@ -1,8 +1,9 @@
 """Two processes beside one: the same update from the same global batch, each validation sample once."""
 
+import dataclasses
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -93,16 +94,35 @@ class Replay:
 
 
 def joined(batches: list[Any]) -> Any:
-    """Return one batch of the ranks' batches: tensors are put together along their first dimension."""
+    """Return one batch of the ranks' batches: tensors are put together along their first dimension.
+
+    Raises:
+        RuntimeError: If their other dimensions differ.
+        TypeError: If a batch is of a type that is not known.
+        ValueError: If lists in them are of different lengths.
+    """
     first = batches[0]
     if isinstance(first, Tensor):
         return torch.cat(batches) if first.ndim else first
-    if isinstance(first, dict):
-        return {key: joined([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, Mapping):
+        parts = {key: joined([batch[key] for batch in batches]) for key in first}
+        return parts if type(first) is dict else type(first)(parts)  # type: ignore[call-arg]
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        return dataclasses.replace(first, **{n: joined([getattr(batch, n) for batch in batches]) for n in names})
     if isinstance(first, (list, tuple)):
-        parts = [joined(list(part)) for part in zip(*batches, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
+        items = [joined(list(part)) for part in zip(*batches, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if first is None or isinstance(first, (str, int, float, bool)):
+        return first
+    raise TypeError(f"a batch of type {type(first).__name__}")
+
+
+def has_samples(batch: Any) -> bool:
+    """Return whether there is a tensor in a batch with a first dimension."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, lambda value: found.append(value) if value.ndim else None)
+    return bool(found)
 
 
 class Samples(pl.Callback):

@@ -23,6 +23,28 @@ RANK_STEPS = 5
 """Optimizer steps on two ranks: rounding in another order grows with each."""
 
 
+class Nowhere(DummyLogger):
+    """A logger that writes nothing, and has a folder for what others write beside it.
+
+    Args:
+        folder: That folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = str(folder)
+
+    @property
+    def save_dir(self) -> str:
+        """Return the folder."""
+        return self._folder
+
+    @property
+    def log_dir(self) -> str:
+        """Return the folder."""
+        return self._folder
+
+
 class StopAfter(pl.Callback):
     """Ends a run after a number of steps; not ``max_steps``, with which Lightning counts epochs in another way.
 
@@ -85,20 +107,21 @@ class Subject:
             "max_steps": steps if given.get("max_steps", -1) != -1 else -1,
             "limit_train_batches": limit,
             "limit_val_batches": min(2, wanted) if isinstance(wanted, int) or not wanted else 2,
-            "logger": DummyLogger(),
+            "logger": Nowhere(folder),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "default_root_dir": str(folder),
             "callbacks": [StopAfter(steps), *callbacks],
             **others,
         }
+        configured = self.model.configure_callbacks
+        self.model.configure_callbacks = lambda: without_checkpoints(configured())  # type: ignore[method-assign]
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
     def callbacks(self) -> list[pl.Callback]:
         """Return the user's callbacks, without those that write checkpoints to places of their own."""
-        given = self.arguments.get("callbacks") or []
-        return [c for c in (given if isinstance(given, list) else [given]) if not isinstance(c, Checkpoint)]
+        return without_checkpoints(self.arguments.get("callbacks") or [])
 
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
         """Train; from a checkpoint if there is one."""
@@ -221,3 +244,9 @@ class Subject:
         size = getattr(self.datamodule, "batch_size", None)
         if isinstance(size, int) and size % RANKS:
             self.datamodule.batch_size = size * RANKS  # type: ignore[union-attr]
+
+
+def without_checkpoints(callbacks: Any) -> list[pl.Callback]:
+    """Return callbacks, one or several, without those that write checkpoints to places of their own."""
+    several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    return [callback for callback in several if not isinstance(callback, Checkpoint)]

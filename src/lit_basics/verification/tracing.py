@@ -16,6 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_basics.callbacks.last import at_step_boundary
+from lit_basics.modules import LitSupervised
 
 State = dict[str, Tensor]
 
@@ -121,7 +122,8 @@ class Tracer(Checkpoint):
                 torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
             else:
                 self.trace.compare(self.trace.steps, state, self.reference)
-        if at_step_boundary(trainer):
+        # of other modules, Lightning keeps no gradients that are accumulated half-way
+        if at_step_boundary(trainer, halfway=isinstance(pl_module, LitSupervised)):
             self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,7 +143,8 @@ class Tracer(Checkpoint):
 def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> State:
     """Return copies of parameters, buffers and optimizer state, by name."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    state = {name: value.detach().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    held = {**module.state_dict(), **dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
