@@ -195,22 +195,25 @@ class Subject:
         )
         return trace
 
-    def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
-        """Train as one of two ranks; every step's batches and weights."""
-        kept = Batches()
-        strategy = self.arguments.get("strategy")
-        ddp = strategy if isinstance(strategy, str) and strategy.startswith("ddp") else "ddp"
-        trainer = self.trainer(
+    def short_trainer(self, folder: Path, kept: Batches, precision: str | None, **others: Any) -> pl.Trainer:
+        """Return a Trainer for a few steps without validation, of which everything is kept."""
+        return self.trainer(
             folder,
             RANK_STEPS,
             [kept],
             limit_train_batches=RANK_STEPS * self.accumulate,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            devices=RANKS,
-            strategy=ddp,
             **({"precision": precision} if precision else {}),
+            **others,
         )
+
+    def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
+        """Train as one of two ranks; every step's batches and weights."""
+        kept = Batches()
+        strategy = self.arguments.get("strategy")
+        ddp = strategy if isinstance(strategy, str) and strategy.startswith("ddp") else "ddp"
+        trainer = self.short_trainer(folder, kept, precision, devices=RANKS, strategy=ddp)
         self.double_odd_batches()
         self.fit(trainer)
         return kept.epochs, kept.states
@@ -218,15 +221,7 @@ class Subject:
     def replay(self, report: Report, folder: Path, epochs: list[list[Any]], precision: str | None) -> Recorded:
         """Train in one process on given batches."""
         kept = Batches()
-        trainer = self.trainer(
-            folder,
-            RANK_STEPS,
-            [kept],
-            limit_train_batches=RANK_STEPS * self.accumulate,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            **({"precision": precision} if precision else {}),
-        )
+        trainer = self.short_trainer(folder, kept, precision)
         trainer.fit(self.model, Replay(epochs))
         return kept.epochs, kept.states
 

@@ -58,7 +58,7 @@ class Trace:
         state: State = torch.load(self.folder / f"{step}.pt", weights_only=True)
         return state
 
-    def compare(self, step: int, state: State, reference: "Trace", tolerance: float = 0.0) -> None:
+    def compare(self, step: int, state: State, reference: "Trace") -> None:
         """Compare the state after a step with the reference's, and keep the first difference."""
         if self.difference is not None or step > reference.steps:
             return
@@ -66,7 +66,7 @@ class Trace:
         for name in [*expected, *(name for name in state if name not in expected)]:
             self.compared += 1
             largest = largest_difference(state.get(name), expected.get(name))
-            if largest > tolerance:
+            if largest:
                 self.difference = Difference(step, name, largest)
                 return
 
