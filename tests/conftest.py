@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ["WANDB_SILENT"] = "true"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -13,9 +14,6 @@ def clean_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIT_BASICS_RUN_DIR", raising=False)
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     for name in ("LIT_BASICS_RUN_DIR", "WANDB_MODE"):  # set for the processes that a run starts
         os.environ.pop(name, None)

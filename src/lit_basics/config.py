@@ -29,7 +29,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 import lit_basics
 from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, nearest, where
+from lit_basics.errors import UserError, nearest, root_cause, where
 from lit_basics.imports import FLAG, check_functions, import_policy
 from lit_basics.recipes import recipe_names, recipe_path
 from lit_basics.words import config_names, taken
@@ -147,9 +147,7 @@ class Config(LightningCLI):
                 objects = self.parser.instantiate(resolved)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
             # where a key may be null, jsonargparse wraps what its class raised into a page of text
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
+            cause = root_cause(error)
             if isinstance(cause, UserError):
                 raise cause from None
             raise UserError(where(cause)) from error
@@ -282,9 +280,7 @@ def without_missing(loggers: Any) -> Any:
                 wrapped = jsonargparse.Namespace(logger=logger)  # type: ignore[no-untyped-call]
                 logger = parser.instantiate(wrapped).logger
             except Exception as error:  # any other is raised again, and told of, when all is made
-                cause: BaseException = error
-                while cause.__cause__ is not None:
-                    cause = cause.__cause__
+                cause = root_cause(error)
                 if isinstance(cause, ModuleNotFoundError):
                     name, reason = logger.class_path.rpartition(".")[2], str(cause).splitlines()[0]
                     rank_zero_only(print)(

@@ -29,6 +29,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; there is {', '.join(names)}" if 0 < len(names) <= MANY else ""
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that the others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def where(error: BaseException) -> str:
     """Return an exception's kind, the innermost line of the user's own code it came from, and its message."""
     frames = traceback.extract_tb(error.__traceback__)

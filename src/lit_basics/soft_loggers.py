@@ -19,6 +19,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from lit_basics.errors import root_cause
+
 AnyLogger = TypeVar("AnyLogger", bound=Logger)
 
 WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "120"}
@@ -101,9 +103,7 @@ class _Soft:
         if self._soft_failed:
             return
         self._soft_failed = True
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # what Lightning makes of it can be misleading
-            cause = cause.__cause__
+        cause = root_cause(error)  # what Lightning makes of it can be misleading
         reason = str(cause).strip().partition("\n")[0]
         lost = "its rows" if self._soft_step is None else f"its rows from about step {self._soft_step + 1} on"
         folder = _wandb_folder() if isinstance(self, WandbLogger) else None

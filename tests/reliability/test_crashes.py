@@ -4,17 +4,14 @@ Without the staging (``write_checked`` writes the file itself) the kill at the f
 and nothing to load. strace counts each kind of call by itself.
 """
 
-import contextlib
-import os
 import shutil
 import signal
 import subprocess
-import time
-from io import BytesIO
 
 import pytest
 import torch
 from reliability.processes import FORKS, finish, results, start_fit
+from reliability.saving import SAVES, checkpoint, save_several
 
 from lit_basics import DurableCheckpointIO
 from lit_basics.checkpoint_io import load_checked
@@ -23,25 +20,6 @@ CALLS = (
     *("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "link", "linkat"),
     *("unlink", "unlinkat", "openat", "ftruncate"),
 )
-SAVES = 3
-
-
-def checkpoint(step):
-    return {"state_dict": {"weight": torch.full((5000,), float(step))}, "step": step}
-
-
-def save_several(path, begin, done, traced):
-    """Save checkpoints over one another; count those whose save returned. No other call than the saves' is made."""
-    io, states = DurableCheckpointIO(), [checkpoint(step) for step in range(SAVES + 1)]
-    torch.save(states[0], BytesIO())  # what it imports at its first call
-    traced.set()
-    while not begin.value:
-        time.sleep(0.001)
-    for step in range(1, SAVES + 1):
-        with contextlib.suppress(OSError):  # a full disk
-            io.save_checkpoint(states[step], path)
-            done.value = step
-    os._exit(0)
 
 
 def saved_under(injection, path):

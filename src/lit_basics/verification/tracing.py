@@ -132,7 +132,8 @@ class Tracer(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         path = self.save_to / name if self.save_to else self.last
-        if path is not None:
+        # from the end of the run there is nothing to continue
+        if path is not None and not (self.reference and trainer.global_step >= self.reference.steps):
             path.parent.mkdir(exist_ok=True)
             trainer.save_checkpoint(path)
             self.trace.checkpoints.append(path)
