@@ -267,9 +267,7 @@ def test_a_fault_stops_and_is_named(kind, case, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_at_twenty_random_steps(kind, case, tmp_path):
     for policy in ("skip", "rollback"):
-        for seed in range(3):
-            folder = tmp_path / f"{policy}{seed}"
-            meets(policy, kind, case, seed, folder)
+        meets(policy, kind, case, seed=7, folder=tmp_path / policy)
     for batch in random.Random(case + kind).sample(range(BATCHES - 1), 20):
         stops(kind, case, batch, tmp_path / f"stop{batch}")
 
@@ -705,7 +703,8 @@ for kind in ("gradient", "loss"):
     for policy in ("skip", "rollback", "stop"):
         module, guard = Module(kind), NonFiniteGuard(policy, every_n_batches=3)
         trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
-                             callbacks=[guard], enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1])
+                             callbacks=[guard], enable_progress_bar=False, enable_model_summary=False,
+                             default_root_dir=sys.argv[1])
         try:
             trainer.fit(module)
             text = "finished"
