@@ -1,5 +1,6 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
+import contextlib
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
@@ -33,6 +35,11 @@ from lit_basics.words import config_names, option
 
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "load_state_dict", "on_train_start"}
 """Functions, of Lightning and of callbacks, that give a state back: an error in one is about the checkpoint."""
+STEP_HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+"""What Lightning calls of each callback at every step."""
 
 
 def fit(args: list[str]) -> None:
@@ -164,6 +171,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     if config.optimizer_arguments:
         callbacks.append(OptimizerArguments(config.optimizer_arguments))
     arguments["callbacks"] = callbacks
+    arguments["profiler"] = arguments["profiler"] or _NoProfiler()
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
     try:
         return pl.Trainer(**arguments)
@@ -185,6 +193,28 @@ def with_durable_checkpoints(plugins: Any, min_seconds: float) -> list[Any]:
     return given
 
 
+def skip_empty_hooks(callbacks: list[pl.Callback]) -> None:
+    """Spare Lightning the calls of step hooks that callbacks do not define: sixty a step, each with its preparations.
+
+    It passes over a hook that cannot be called.
+    """
+    for callback in callbacks:
+        for name in STEP_HOOKS:
+            if getattr(type(callback), name) is getattr(pl.Callback, name) and name not in vars(callback):
+                setattr(callback, name, None)
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Profiles nothing, in a context that is made once and not for each call of each callback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
+        return self._nothing
+
+
 class _RunFiles(pl.Callback):
     """Writes the configuration when training starts, and the last rows when it fails."""
 
@@ -192,6 +222,7 @@ class _RunFiles(pl.Callback):
         self.config, self.directory = config, directory
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        skip_empty_hooks(trainer.callbacks)  # type: ignore[attr-defined]  # public, but set dynamically
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.cut_back(trainer.global_step)

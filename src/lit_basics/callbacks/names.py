@@ -1,5 +1,6 @@
 """How parameters are named in metric keys."""
 
+import weakref
 from collections.abc import Iterable
 
 import lightning.pytorch as pl
@@ -7,15 +8,26 @@ import torch
 from torch import nn
 
 
-def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+_Named = list[tuple[str, nn.Parameter]]
+
+_named: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[int], _Named]] = weakref.WeakKeyDictionary()
+"""For each optimizer: whose parameters it was asked for, their ids, and what was found."""
+
+
+def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> _Named:
     """Return the parameters that ``optimizer`` trains, with their names in metric keys.
 
     A prefix that all parameters of the module share (``net.``) and torch.compile's are left out.
     """
-    parameters = list(module.named_parameters())
-    names = short_names(name for name, _ in parameters)
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [(name, p) for name, (_, p) in zip(names, parameters, strict=True) if id(p) in ids]
+    # walking through all modules takes longer than the norms of all gradients; this is asked at every step
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    whose, known, found = _named.get(optimizer, (0, [], []))
+    if whose != id(module) or known != ids:
+        parameters = list(module.named_parameters())
+        names = short_names(name for name, _ in parameters)
+        found = [(name, p) for name, (_, p) in zip(names, parameters, strict=True) if id(p) in ids]
+        _named[optimizer] = (id(module), ids, found)
+    return found
 
 
 def short_names(names: Iterable[str]) -> list[str]:
