@@ -21,7 +21,7 @@ from lit_basics import BlitzNet, DurableCheckpointIO
 def every_epoch(steps: int, rounds: int) -> None:
     """Train by command without checkpoints, and with a whole one at the end of each epoch."""
     data = ["--data", "SyntheticCIFAR10", f"--data.train_images={4 * steps}", "--data.test_images=10"]
-    words = ["--config", "blitz", *data, "--trainer.max_epochs=2", "--best_checkpoint=false", "--last_checkpoint=false"]
+    words = ["--config", "blitz", *data, "--trainer.max_epochs=1", "--best_checkpoint=false", "--last_checkpoint=false"]
 
     def saving(asynchronous: bool) -> float:
         with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_basics.config import Config
-from lit_basics.fitting import make_trainer
+from lit_basics.fitting import make_trainer, skip_empty_hooks
 from lit_basics.running import quiet
 
 FIGURES: list[dict[str, Any]] = []
@@ -39,14 +39,13 @@ def begin(doc: str | None) -> argparse.Namespace:
 
 
 def in_turns(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure every variant once a round, each round beginning with another; a first round is not counted."""
-    names, times = list(variants), {name: [] for name in variants}
-    for turn in range(-1, rounds):
+    """Measure every variant once a round, each round beginning with another."""
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            value = variants[name]()
-            if turn >= 0:
-                times[name].append(value)
+            times[name].append(variants[name]())
     return times
 
 
@@ -66,8 +65,14 @@ def figure(name: str, values: Sequence[float], wanted: float | None = None, unit
 
 def end() -> None:
     """Print everything as one line of JSON."""
-    versions = {name: version(name) for name in ("torch", "lightning", "lit_basics")} | {"python": platform.python_version()}
-    machine = {"cores": len(os.sched_getaffinity(0)), "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    versions = {name: version(name) for name in ("torch", "lightning", "lit_basics")} | {
+        "python": platform.python_version()
+    }
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
     print(json.dumps({"figures": FIGURES, **versions, **machine}))
 
 
@@ -78,6 +83,7 @@ class Clock(pl.Callback):
         self.skip, self.step, self.begun = skip, -1, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Begin."""
         if self.step < 0 and trainer.global_step >= self.skip:
             self.step, self.begun = trainer.global_step, time.perf_counter()
 
@@ -85,6 +91,7 @@ class Clock(pl.Callback):
 def seconds_a_step(trainer: pl.Trainer, model: pl.LightningModule, **data: Any) -> float:
     """Fit; return the seconds of a step, all that ``fit`` does at its end included, the first steps left out."""
     clock = Clock(skip=20)
+    skip_empty_hooks([clock])  # so that it adds nothing to a step
     trainer.callbacks.insert(0, clock)
     # what goes to a terminal is made, and thrown away
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

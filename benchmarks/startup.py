@@ -8,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
-FIT = ["fit", "--config", "blitz", "--data", "SyntheticCIFAR10", "--data.train_images=1000", "--data.test_images=10"]
-CALLBACKS = ["--trainer.callbacks+=startup.FirstStep", "--allow_import=startup"]
-
+HERE = Path(__file__).parent
+DATA = ["--data", "SyntheticCIFAR10", "--data.train_images=1000", "--data.test_images=10"]
+FIT = ["fit", "--config", "blitz", *DATA, "--trainer.callbacks+=startup.FirstStep"]
 BASE = """
 import time
 from lightning.pytorch.cli import LightningCLI
@@ -24,23 +25,27 @@ Trainer(max_epochs=4)
 print(time.monotonic())
 """
 
+
 class FirstStep(pl.Callback):
     """Prints the time, which is the same in all processes, and leaves."""
 
     def on_train_batch_start(self, *args: Any) -> None:
+        """Do so."""
         print(f"\n{time.monotonic()}", flush=True)  # after the progress bar
         os._exit(0)
 
 
-def seconds(*command: str) -> float:
-    """Return the seconds from the start of a process to the time that it prints at last, or to its end."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+def seconds(*command: str, printed: bool) -> float:
+    """Return the seconds from the start of a process to its end, or to the time that it prints at last."""
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, *command], cwd=HERE, check=True, capture_output=True, text=True)
+    return (float(done.stdout.split()[-1]) if printed else time.monotonic()) - begun
+
+
+def fit() -> float:
+    """Return the seconds from the start of ``lit_basics fit`` to its first step."""
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.monotonic()
-        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True, capture_output=True, text=True)
-        ended = time.monotonic()
-    last = (done.stdout.split() or [""])[-1]
-    return (float(last) if command[0] == "-c" or "fit" in command else ended) - begun
+        return seconds("-m", "lit_basics", *FIT, f"--run_dir={folder}/run", printed=True)
 
 
 def main() -> None:
@@ -49,10 +54,9 @@ def main() -> None:
 
     options = begin(__doc__)
     for word in ("--help", "--version", "recipes"):
-        times = in_turns({word: lambda word=word: seconds("-m", "lit_basics", word)}, options.rounds)
+        times = in_turns({word: partial(seconds, "-m", "lit_basics", word, printed=False)}, options.rounds)
         figure(f"6. lit_basics {word}", times[word], 0.3, " s")
-    variants = {"fit": lambda: seconds("-m", "lit_basics", *FIT, *CALLBACKS), "base": lambda: seconds("-c", BASE)}
-    times = in_turns(variants, options.rounds)
+    times = in_turns({"fit": fit, "base": partial(seconds, "-c", BASE, printed=True)}, options.rounds)
     figure("importing LightningCLI and making a Trainer", times["base"], unit=" s")
     figure("lit_basics fit to its first step", times["fit"], unit=" s")
     figure("6. fit to its first step ÷ importing LightningCLI and making a Trainer", ratios(times, "fit", "base"), 1.15)

@@ -51,12 +51,14 @@ class Plain(pl.LightningModule):
         self.net, self.criterion, self.momentum = net, criterion, momentum
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss."""
         x, y = batch
         loss: Tensor = self.criterion(self.net(x), y)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return SGD."""
         return torch.optim.SGD(self.parameters(), lr=0.001, momentum=self.momentum)
 
 
@@ -82,7 +84,9 @@ def by_hand(net: nn.Module, criterion: nn.Module, momentum: float, loader: Itera
 def by_lightning(model: pl.LightningModule, loader: Iterable[Any]) -> float:
     """A Trainer with its defaults: a logger, a progress bar, a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        return seconds_a_step(pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder), model, train_dataloaders=loader)
+        return seconds_a_step(
+            pl.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder), model, train_dataloaders=loader
+        )
 
 
 def system_c(steps: int, rounds: int, k: int) -> None:
@@ -93,7 +97,14 @@ def system_c(steps: int, rounds: int, k: int) -> None:
     x, y = data.train_dataloader().inputs, data.train_dataloader().targets
     order = torch.cat([index for _, index in EpochOrder(images, BATCH, shuffle=True)]).tolist()
     weights: dict[str, list[Tensor]] = {}
-    words = ["--config", "blitz", "--data", "SyntheticCIFAR10", f"--data.train_images={images}", "--data.test_images=10"]
+    words = [
+        "--config",
+        "blitz",
+        "--data",
+        "SyntheticCIFAR10",
+        f"--data.train_images={images}",
+        "--data.test_images=10",
+    ]
 
     def net() -> BlitzNet:
         torch.manual_seed(0)
@@ -169,7 +180,7 @@ def null_model(steps: int, rounds: int, k: int) -> None:
 
 
 def gradient_norms(steps: int, rounds: int) -> None:
-    """Ratio 3: all norms at every step ÷ none, with the guard of every run (which looks at gradients too) and without."""
+    """Ratio 3: all norms at every step ÷ none; with the guard that looks at gradients too, and without."""
     data = ["--data", "SyntheticCIFAR10", f"--data.train_images={steps * BATCH}", "--data.test_images=10"]
     words = ["--config", "blitz", *data, "--trainer.max_epochs=1"]
     off = '--trainer.callbacks=[{"class_path": "LossReport", "init_args": {"every_n_steps": 2000}}]'
@@ -182,7 +193,9 @@ def gradient_norms(steps: int, rounds: int) -> None:
     }
     times = in_turns(variants, rounds)
     figure("3. gradient norms on ÷ off", ratios(times, "on", "off"), 1.02)
-    figure("3. gradient norms on ÷ off, both without NonFiniteGuard", ratios(times, "on, no guard", "off, no guard"), 1.02)
+    figure(
+        "3. gradient norms on ÷ off, both without NonFiniteGuard", ratios(times, "on, no guard", "off, no guard"), 1.02
+    )
 
 
 def main() -> None:

@@ -226,11 +226,12 @@ class _RunFiles(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.cut_back(trainer.global_step)
+        text = self.config.to_yaml()
         if trainer.is_global_zero:
             with replace_file(self.directory / "config.yaml") as file:
-                file.write(self.config.to_yaml().encode())
+                file.write(text.encode())
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.to_dict())
+            logger.log_hyperparams(yaml.safe_load(text))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here

@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-
 _Named = list[tuple[str, nn.Parameter]]
 
 _named: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[int], _Named]] = weakref.WeakKeyDictionary()
