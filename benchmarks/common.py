@@ -18,7 +18,8 @@ import lightning.pytorch as pl
 import torch
 
 from lit_basics.config import Config
-from lit_basics.fitting import make_trainer, skip_empty_hooks
+from lit_basics.fitting import make_trainer
+from lit_basics.hooks import skip_empty_hooks
 from lit_basics.running import quiet
 
 FIGURES: list[dict[str, Any]] = []
@@ -91,7 +92,7 @@ class Clock(pl.Callback):
 def seconds_a_step(trainer: pl.Trainer, model: pl.LightningModule, **data: Any) -> float:
     """Fit; return the seconds of a step, all that ``fit`` does at its end included, the first steps left out."""
     clock = Clock(skip=20)
-    skip_empty_hooks([clock])  # so that it adds nothing to a step
+    skip_empty_hooks(clock)  # so that it adds nothing to a step
     trainer.callbacks.insert(0, clock)
     # what goes to a terminal is made, and thrown away
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -10,38 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import fit
-from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 
 from lit_basics import DurableCheckpointIO
 from lit_basics.callbacks.names import trained_parameters
-from lit_basics.config import Config
-from lit_basics.fitting import STEP_HOOKS, make_trainer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def test_hooks_that_a_callback_defines_are_called_and_empty_ones_are_not(tmp_path):
-    """Without its look at ``vars``, skip_empty_hooks takes the hook of the LambdaCallback away."""
-    called = []
-
-    class Counting(pl.Callback):
-        def on_before_zero_grad(self, *args):
-            called.append("own")
-
-    class Heir(Counting):
-        pass
-
-    config = Config(["--config", "linear", "--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"])
-    config.prepare_loggers(tmp_path)
-    config.build()
-    trainer = make_trainer(config, tmp_path)
-    given = LambdaCallback(on_after_backward=lambda *args: called.append("given"))
-    trainer.callbacks += [Heir(), given]
-    trainer.fit(config.model, datamodule=config.datamodule)
-    assert sorted(called) == ["given", "given", "own", "own"]
-    empty = [getattr(callback, name) for callback in trainer.callbacks for name in STEP_HOOKS]
-    assert empty.count(None) > 40
 
 
 def test_a_parameter_that_joins_the_optimizer_is_named():

@@ -35,11 +35,6 @@ from lit_basics.words import config_names, option
 
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "load_state_dict", "on_train_start"}
 """Functions, of Lightning and of callbacks, that give a state back: an error in one is about the checkpoint."""
-STEP_HOOKS = (
-    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
-    *("on_before_optimizer_step", "on_train_batch_end"),
-)
-"""What Lightning calls of each callback at every step."""
 
 
 def fit(args: list[str]) -> None:
@@ -193,17 +188,6 @@ def with_durable_checkpoints(plugins: Any, min_seconds: float) -> list[Any]:
     return given
 
 
-def skip_empty_hooks(callbacks: list[pl.Callback]) -> None:
-    """Spare Lightning the calls of step hooks that callbacks do not define: sixty a step, each with its preparations.
-
-    It passes over a hook that cannot be called.
-    """
-    for callback in callbacks:
-        for name in STEP_HOOKS:
-            if getattr(type(callback), name) is getattr(pl.Callback, name) and name not in vars(callback):
-                setattr(callback, name, None)
-
-
 class _NoProfiler(PassThroughProfiler):
     """Profiles nothing, in a context that is made once and not for each call of each callback."""
 
@@ -222,7 +206,6 @@ class _RunFiles(pl.Callback):
         self.config, self.directory = config, directory
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        skip_empty_hooks(trainer.callbacks)  # type: ignore[attr-defined]  # public, but set dynamically
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.cut_back(trainer.global_step)

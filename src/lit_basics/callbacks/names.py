@@ -2,31 +2,36 @@
 
 import weakref
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
-_Named = list[tuple[str, nn.Parameter]]
 
-_named: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, list[int], _Named]] = weakref.WeakKeyDictionary()
-"""For each optimizer: whose parameters it was asked for, their ids, and what was found."""
+class _Named(NamedTuple):
+    module: "weakref.ref[nn.Module]"
+    ids: list[int]
+    parameters: list[tuple[str, nn.Parameter]]
 
 
-def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> _Named:
+# a walk through a small module costs as much as its step
+_known: "weakref.WeakKeyDictionary[torch.optim.Optimizer, _Named]" = weakref.WeakKeyDictionary()
+
+
+def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that ``optimizer`` trains, with their names in metric keys.
 
     A prefix that all parameters of the module share (``net.``) and torch.compile's are left out.
     """
-    # walking through all modules takes longer than the norms of all gradients; this is asked at every step
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    whose, known, found = _named.get(optimizer, (0, [], []))
-    if whose != id(module) or known != ids:
-        parameters = list(module.named_parameters())
+    known = _known.get(optimizer)
+    if known is None or known.ids != ids or known.module() is not module:
+        wanted, parameters = set(ids), list(module.named_parameters())
         names = short_names(name for name, _ in parameters)
-        found = [(name, p) for name, (_, p) in zip(names, parameters, strict=True) if id(p) in ids]
-        _named[optimizer] = (id(module), ids, found)
-    return found
+        trained = [(name, p) for name, (_, p) in zip(names, parameters, strict=True) if id(p) in wanted]
+        known = _known[optimizer] = _Named(weakref.ref(module), ids, trained)
+    return known.parameters
 
 
 def short_names(names: Iterable[str]) -> list[str]:
