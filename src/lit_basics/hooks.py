@@ -14,10 +14,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lit_basics.errors import UserError
+from lit_basics.execution import check_one_loader, leave_alone, put_between, step_schedulers
 from lit_basics.recording import recorder_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class TrainingHooks(pl.Callback):
         self.module = module
         trainer = module.trainer
         self._manual = not module.automatic_optimization
+        self._several = self._manual and module.steps_per_execution > 1
         self._settings = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
@@ -46,12 +47,15 @@ class TrainingHooks(pl.Callback):
         """Put the settings back: the check is over.
 
         Raises:
-            UserError: If the DataModule knows its number of classes and it is larger than the module's.
+            UserError: If the DataModule knows its number of classes and it is larger than the module's, or the
+                Trainer has what cannot work with several steps per execution.
         """
         trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
         there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
+        if self._several and stage == TrainerFn.FITTING:
+            put_between(self.module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
@@ -59,6 +63,8 @@ class TrainingHooks(pl.Callback):
         Raises:
             UserError: If the module's own ``configure_optimizers`` made a scheduler for manual optimization.
         """
+        if self._several:
+            check_one_loader(self.module)
         if self._manual and self.module.own_optimizers and trainer.lr_scheduler_configs:
             raise UserError(
                 f"{type(pl_module).__name__}.configure_optimizers returns a scheduler, whose interval Lightning drops "
@@ -173,24 +179,10 @@ class TrainingHooks(pl.Callback):
         """Keep it until training starts."""
         self._resumed = checkpoint.get("lit_basics")
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        leave_alone(trainer)
 
-def step_schedulers(module: LitSupervised, interval: str, *, plateau: bool) -> None:
-    """In manual optimization, step the schedulers as Lightning does in automatic, at the same moments.
-
-    Raises:
-        UserError: If a ``ReduceLROnPlateau`` watches what was not logged.
-    """
-    if module.automatic_optimization or interval != module.lr_interval:
-        return
-    trainer, monitor = module.trainer, module.lr_monitor
-    for config in trainer.lr_scheduler_configs:
-        counter = 1 + (trainer.fit_loop.batch_idx if interval == "step" else trainer.current_epoch)
-        if isinstance(config.scheduler, ReduceLROnPlateau) != plateau or counter % config.frequency:
-            continue
-        value = trainer.callback_metrics.get(monitor) if plateau else None
-        if plateau and value is None:
-            raise UserError(
-                f"ReduceLROnPlateau monitors {monitor!r} (lr_monitor), which is not there; "
-                f"there is {', '.join(trainer.callback_metrics) or 'nothing yet'}"
-            )
-        module.lr_scheduler_step(config.scheduler, value)
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was."""
+        leave_alone(trainer)
