@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -48,7 +49,7 @@ class StepsInBetween:
     """
 
     def __init__(self, loader: Any, module: LitSupervised) -> None:
-        if not hasattr(loader, "__len__"):
+        if sized_len(loader) is None:
             raise UserError(
                 f"steps_per_execution is {module.steps_per_execution}, but {type(loader).__name__} has no length: "
                 "the last step of an epoch would not be known; give it __len__"
