@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 
@@ -36,6 +37,7 @@ class TrainingHooks(pl.Callback):
         trainer = module.trainer
         self._manual = not module.automatic_optimization
         self._several = self._manual and module.steps_per_execution > 1
+        self._own_clipping = is_overridden("configure_gradient_clipping", module)
         self._settings = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
@@ -94,7 +96,7 @@ class TrainingHooks(pl.Callback):
             for index, group in enumerate(groups):
                 name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
                 recorder_of(trainer).put_host(step, name, float(group["lr"]), every=every)
-        if self._manual:
+        if self._manual and (trainer.gradient_clip_val or self._own_clipping):
             pl_module.configure_gradient_clipping(
                 optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
             )
