@@ -240,7 +240,7 @@ def check_versions(checkpoint: dict[str, Any], path: Path) -> None:
     """
     for name, wrote, here in (
         ("lit_basics", checkpoint.get(VERSION), version("lit_basics")),
-        ("lightning", checkpoint.get("pytorch-lightning_version"), pl.__version__),
+        ("lightning", checkpoint.get("pytorch-lightning_version"), version("lightning")),
     ):
         if isinstance(wrote, str) and _series(wrote) > _series(here):
             raise UserError(f"{path} was written by a newer {name}, {wrote}; here is {here}: upgrade {name} to use it")

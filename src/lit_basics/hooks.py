@@ -56,6 +56,8 @@ class TrainingHooks(pl.Callback):
         there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
+            skip_empty_hooks(callback)
         if self._several and stage == TrainerFn.FITTING:
             put_between(self.module)
 
@@ -188,3 +190,20 @@ class TrainingHooks(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was."""
         leave_alone(trainer)
+
+
+BATCH_HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+
+
+def skip_empty_hooks(callback: pl.Callback) -> None:
+    """Take away the hooks of a batch that a callback does not override.
+
+    Lightning enters its profiler for each, about 2 µs, but passes over what cannot be called: with ten callbacks
+    that is a tenth of a millisecond a step.
+    """
+    for name in BATCH_HOOKS:
+        if getattr(type(callback), name) is getattr(pl.Callback, name) and name not in vars(callback):
+            setattr(callback, name, None)

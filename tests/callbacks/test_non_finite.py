@@ -270,9 +270,7 @@ def test_a_fault_stops_and_is_named(kind, case, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_at_twenty_random_steps(kind, case, tmp_path):
     for policy in ("skip", "rollback"):
-        for seed in range(3):
-            folder = tmp_path / f"{policy}{seed}"
-            meets(policy, kind, case, seed, folder)
+        meets(policy, kind, case, seed=7, folder=tmp_path / policy)
     for batch in random.Random(case + kind).sample(range(BATCHES - 1), 20):
         stops(kind, case, batch, tmp_path / f"stop{batch}")
 
@@ -708,7 +706,8 @@ for kind in ("gradient", "loss"):
     for policy in ("skip", "rollback", "stop"):
         module, guard = Module(kind), NonFiniteGuard(policy, every_n_batches=3)
         trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
-                             callbacks=[guard], enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1])
+                             callbacks=[guard], enable_progress_bar=False, enable_model_summary=False,
+                             default_root_dir=sys.argv[1])
         try:
             trainer.fit(module)
             text = "finished"
@@ -718,8 +717,9 @@ for kind in ("gradient", "loss"):
         both = [torch.empty_like(weights) for _ in range(2)]
         torch.distributed.all_gather(both, weights)
         same = torch.equal(*both) or (policy == "stop" and not bool(torch.isfinite(both[0]).all()))
-        line = f"RESULT {trainer.global_rank} {kind} {policy} {trainer.global_step} {same} {guard.faults} {text}"
-        print(line, flush=True)
+        line = f"{trainer.global_rank} {kind} {policy} {trainer.global_step} {same} {guard.faults} {text}"
+        with open(f"{sys.argv[1]}/results{trainer.global_rank}.txt", "a") as file:  # the ranks share one output
+            print(line, file=file)
 """
 
 
@@ -746,7 +746,7 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    lines = sorted(line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    lines = sorted(line for path in tmp_path.glob("results*.txt") for line in path.read_text().splitlines())
     expected = []
     for rank in (0, 1):
         for kind, what in (("gradient", "first broken gradient: net.weight"), ("loss", "all gradients are finite")):

@@ -40,7 +40,7 @@ class Job:
                     ranks[int(environment.get(b"LOCAL_RANK", 0))] = pid
         return [ranks[0], ranks[1]] if len(ranks) == 2 else []
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition, seconds=300):
         """Wait until a condition holds while the job runs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -48,7 +48,7 @@ class Job:
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.02)
 
-    def wait(self, pids, seconds=60):
+    def wait(self, pids, seconds=120):
         """Return the exit codes of the job and of ``pids``, and the seconds until the last of them had left."""
         begun = time.monotonic()
         codes = {self.pid: self.process.wait(seconds)}

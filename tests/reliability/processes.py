@@ -79,13 +79,13 @@ def start_fit(run, *more, output=None):
     return process
 
 
-def finish(process, run, seconds=120):
+def finish(process, run, seconds=300):
     """Wait for the end of a run that must succeed."""
     process.join(seconds)
     assert process.exitcode == 0, Path(f"{run}.txt").read_text()
 
 
-def until(condition, process, seconds=60):
+def until(condition, process, seconds=300):
     """Wait until a condition holds; return False if the process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,7 +1,7 @@
 """Damaged checkpoints: each is seen and named, the one before it is used, and the training finishes.
 
-Without the checksums most bit flips load silently (torch.load does not look at the archive's own); without the
-previous file a damaged one is the end of the run.
+Without the checksums beside the files one flip in ten loads silently, without the archive's as well all but one in
+twenty (torch.load does not look at them); without the previous file a damaged one is the end of the run.
 """
 
 import random
@@ -16,17 +16,15 @@ from lit_basics.checkpoint_io import load_checked, previous_path
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(tmp_path_factory, whole):
     """A run that was killed in the middle, and what it would have ended with."""
-    folder = tmp_path_factory.mktemp("damage")
-    finish(start_fit(folder / "whole"), folder / "whole")
-    run = folder / "run"
+    run = tmp_path_factory.mktemp("damage") / "run"
     process = start_fit(run)
     path = run / "checkpoints" / "last.ckpt"
     assert until(lambda: previous_path(path).exists(), process)
     process.kill()
     process.join()
-    return run, results(folder / "whole")
+    return run, whole[0]
 
 
 def damages(content, flips, truncations, seed=0):
@@ -71,7 +69,7 @@ def check_damages(stopped, tmp_path, flips, truncations, resumed):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_finishes(stopped, tmp_path):
-    check_damages(stopped, tmp_path, flips=4, truncations=2, resumed=1)
+    check_damages(stopped, tmp_path, flips=4, truncations=2, resumed=2)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def job(path, url, folder, run):
 @pytest.mark.slow
 def test_two_jobs_of_two_ranks_download_once(mirror, tmp_path):
     jobs = [job(*mirror, tmp_path / "data", tmp_path / name) for name in ("a", "b")]
-    assert [started.process.wait(180) for started in jobs] == [0, 0], [j.output.read_text() for j in jobs]
+    assert [started.process.wait(300) for started in jobs] == [0, 0], [j.output.read_text() for j in jobs]
     assert len(Slow.asked) == 1
     assert [p.name for p in (tmp_path / "data").iterdir() if not p.name.endswith(".lock")] == [CACHE]
 

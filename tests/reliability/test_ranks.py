@@ -36,8 +36,10 @@ def at_step(started, run, step):
 
 def finished(launcher, run, *more):
     started = job(launcher, run, *more)
-    started.process.wait(120)
-    assert started.process.returncode == 0, started.output.read_text()
+    try:
+        assert started.process.wait(300) == 0, started.output.read_text()
+    finally:
+        started.end()
     return results(run)
 
 

@@ -43,7 +43,7 @@ class RandomState(pl.Callback):
         if len(self._loaded) == trainer.world_size:
             state = self._loaded[trainer.global_rank]
             set_generator_states(state)
-            if state["threads"] != torch.get_num_threads():
+            if state.get("threads") not in (None, torch.get_num_threads()):
                 rank_zero_warn(
                     f"the run had {state['threads']} threads, here are {torch.get_num_threads()}: sums may round "
                     f"differently; OMP_NUM_THREADS={state['threads']} gives the same"
