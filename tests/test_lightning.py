@@ -258,3 +258,20 @@ def test_torchrun_alone_trains_on_its_processes_together(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run directory: ") == 1
     assert len(torch.load("run/checkpoints/last.ckpt", weights_only=True)["random_state"]) == 2
+
+
+class Ends(pl.Callback):
+    batches = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches += 1
+
+
+def test_lightning_passes_over_the_hooks_that_a_callback_does_not_have():
+    ends, other = Ends(), pl.Callback()
+    other.on_train_batch_start = lambda *_: setattr(other, "set", True)  # on the instance: it stays
+    trainer(callbacks=[ends, other], max_epochs=1).fit(LitClassifier(small_net()), data())
+    assert ends.batches == 4
+    assert other.set
+    # what Lightning can call costs time: without skip_empty_hooks this is a method
+    assert ends.on_before_zero_grad is None

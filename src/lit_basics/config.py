@@ -143,8 +143,9 @@ class Config(LightningCLI):
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
         try:
             with import_policy(self._allowed):
-                self.resolved.trainer.logger = without_missing(self.resolved.trainer.logger)
-                objects = self.parser.instantiate(self.resolved)
+                resolved = self.resolved.clone()
+                resolved.trainer.logger = without_missing(resolved.trainer.logger)
+                objects = self.parser.instantiate(resolved)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
             # where a key may be null, jsonargparse wraps what its class raised into a page of text
             cause: BaseException = error

@@ -18,7 +18,8 @@ def ending_with_launcher() -> Iterator[None]:
 
     It would wait half an hour for a rank 0 that was killed. Once they are connected, the next exchange fails.
     """
-    if not int(os.environ.get("LOCAL_RANK", 0)):
+    first = not int(os.environ.get("LOCAL_RANK", 0))
+    if first:
         os.environ[_LAUNCHER] = str(os.getpid())
     launcher, over = int(os.environ.get(_LAUNCHER, os.getpid())), threading.Event()
 
@@ -33,3 +34,5 @@ def ending_with_launcher() -> Iterator[None]:
         yield
     finally:
         over.set()
+        if first:
+            del os.environ[_LAUNCHER]  # what this process starts later has another launcher

@@ -165,9 +165,11 @@ class Verification:
             if error.kind == "NotApplicable":
                 raise NotApplicable(error.reason) from error
             raise NotApplicable(f"a plain loop cannot run it, it needs a Trainer: {error}") from error
-        if trace.difference is None:
-            return f"{bare.steps} steps, {trace.compared} comparisons: equal to a plain loop's"
-        raise Failed(f"differs from a plain loop's {trace.difference}; {loop_cause(self.subject.model, trace, bare)}")
+        if trace.difference is not None:
+            cause = loop_cause(self.subject.model, trace, bare)
+            raise Failed(f"differs from a plain loop's {trace.difference}; {cause}")
+        assert_same_length(trace, bare)
+        return f"{bare.steps} steps, {trace.compared} comparisons: equal to a plain loop's"
 
     def resume(self) -> str:
         """Resume at every checkpoint of the reference."""
@@ -213,9 +215,10 @@ class Verification:
             if error.kind == "UserError":  # manual optimization refused
                 raise NotApplicable(error.reason) from error
             raise
-        if trace.difference is None:
-            return f"{reference.steps} steps, {trace.compared} comparisons: manual equals automatic"
-        raise Failed(f"manual differs from automatic optimization {trace.difference}")
+        if trace.difference is not None:
+            raise Failed(f"manual differs from automatic optimization {trace.difference}")
+        assert_same_length(trace, reference)
+        return f"{reference.steps} steps, {trace.compared} comparisons: manual equals automatic"
 
     def ddp(self) -> str:
         """Compare two ranks with one process: updates, and validation."""
@@ -264,6 +267,9 @@ class Verification:
                     raise
                 continue  # it cannot train in float64
             break
+        lengths = {len(alone), *(len(states) for _, states in ranks)}
+        if len(lengths) > 1 or not alone:
+            raise Failed(f"two ranks made {[len(states) for _, states in ranks]} steps, one process {len(alone)}")
         compared = 0
         for step, states in enumerate(zip(*(states for _, states in ranks), alone, strict=False), 1):
             for name, expected in states[-1].items():
@@ -303,9 +309,12 @@ class Verification:
                 self.log,
             )
             self.bar.total += 1
-            quarter = [reference.steps * (len(moments) + i) // (KILLS + 1) for i in (0, 1)]
-            moment = random.SystemRandom().randint(quarter[0] + 1, max(quarter)) if len(moments) < KILLS else None
-            killed = kill_after(run, moment)
+            first, last_step = (reference.steps * (len(moments) + i) // (KILLS + 1) for i in (0, 1))
+            moment = random.SystemRandom().randint(first + 1, max(first + 1, last_step))
+            try:
+                killed = kill_after(run, moment if len(moments) < KILLS else None)
+            finally:
+                run.kill()  # Ctrl-C here leaves no process
             self.bar.update()
             if killed:
                 moments.append(run.step)
@@ -321,15 +330,27 @@ class Verification:
                     f"restarted after a kill at step {moments[-1]}, the run differs {trace.difference}; "
                     f"{resume_cause(trace, reference)}"
                 )
-            if len(moments) >= KILLS:
-                break
-            shutil.rmtree(folder)  # it was quicker than the kill: once more
-        after = ", ".join(map(str, moments))
-        return f"killed in the steps after {after}; {compared} comparisons: equal to the uninterrupted run"
+            if len(moments) >= KILLS and trace.compared:
+                assert_same_length(trace, reference)
+                after = ", ".join(map(str, moments))
+                return f"killed in the steps after {after}; {compared} comparisons: equal to the uninterrupted run"
+            shutil.rmtree(folder)  # it was quicker than a kill: once more
+            moments.clear()
+        raise NotApplicable("the run is too short to be killed within it")
 
 
 class Failed(Exception):
     """Why a check failed."""
+
+
+def assert_same_length(trace: Trace, reference: Trace) -> None:
+    """Fail if a run, equal as far as it went, ended at another step, or nothing was compared.
+
+    Raises:
+        Failed: If so.
+    """
+    if trace.steps != reference.steps or not trace.compared:
+        raise Failed(f"made {trace.steps} steps instead of {reference.steps}; {trace.compared} comparisons")
 
 
 def kill_after(run: Run, step: int | None) -> bool:
