@@ -209,6 +209,11 @@ class Noisy(Dataset):
         return torch.rand(3, 4, 4) + random.random(), index % 10
 
 
+class Drawing(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        torch.rand(1)  # comes after the seed of a DataLoader's workers
+
+
 @pytest.mark.filterwarnings(NO_VALIDATION)
 @pytest.mark.parametrize("kind", [DataLoader, ResumableDataLoader])
 @pytest.mark.parametrize("workers", [0, 2])
@@ -220,7 +225,7 @@ def test_any_loader_with_a_length(kind, workers):
         torch.manual_seed(1)
         random.seed(1)
         loader = kind(Noisy(), batch_size=4, shuffle=True, num_workers=workers)
-        fitted = trainer()
+        fitted = trainer(Drawing())
         fitted.fit(module, loader)
         results.append({**copied(module), "draws": torch.get_rng_state()})
         assert (type(fitted.train_dataloader) is StepsInBetween) == (k > 1)

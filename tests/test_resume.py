@@ -91,7 +91,7 @@ def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*list(MODES)[:-1], pytest.param("eight steps", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_resumes_exactly_from_every_step(case, mode, tmp_path):
     settings, interval = CASES[case], "step" if case == "clipped" else "epoch"
