@@ -11,12 +11,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import begin, end, figure, in_turns, ratios
+from common import begin, end, figure, in_turns, now, ratios
 from PIL import Image
 from torchvision import transforms
 
@@ -24,6 +23,7 @@ from lit_basics import ArrayLoader, CIFAR10DataModule, EpochOrder
 from lit_basics.data import cifar10
 from lit_basics.data.images import Normalize
 
+HERE = Path(__file__).parent
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
@@ -37,18 +37,18 @@ def augmentation(images: int, rounds: int) -> None:
 
     def pil(*steps: object) -> float:
         transform = transforms.Compose([*steps, *end])
-        begun = time.perf_counter()
+        begun = now()
         for array in arrays[: images // 10]:
             transform(Image.fromarray(array))
-        return (time.perf_counter() - begun) / (images // 10)
+        return (now() - begun) / (images // 10)
 
     def ours(batch: int, **augment: int | bool) -> float:
         order = EpochOrder(images, batch, shuffle=True)
         loader = ArrayLoader(x, y, order, normalize=Normalize(MEAN, STD, 3), **augment)
-        begun = time.perf_counter()
+        begun = now()
         for _ in loader:
             pass
-        return (time.perf_counter() - begun) / images
+        return (now() - begun) / images
 
     crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
     variants = {
@@ -70,19 +70,20 @@ def augmentation(images: int, rounds: int) -> None:
 
 
 CHILD = """
-import resource, sys, time
+import sys
 import lit_basics
+from common import now
 for name in lit_basics.__all__:
     getattr(lit_basics, name)
 def memory():
     with open("/proc/self/status") as file:
         return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith(("VmRSS", "VmHWM"))}
-before, begun = memory()["VmRSS"], time.perf_counter()
+before, begun = memory()["VmRSS"], now()
 data = lit_basics.CIFAR10DataModule(sys.argv[1], batch_size=64)
 data.prepare_data()
 data.setup("fit")
 next(iter(data.train_dataloader()))
-seconds = time.perf_counter() - begun
+seconds = now() - begun
 print(seconds, memory()["VmHWM"] - before)
 """
 
@@ -105,7 +106,8 @@ def cache(rounds: int) -> None:
         archive.unlink()
         seconds, memory = [], []
         for _ in range(rounds):
-            done = subprocess.run([sys.executable, "-c", CHILD, folder], check=True, capture_output=True, text=True)
+            command = [sys.executable, "-c", CHILD, folder]
+            done = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True)
             values = [float(word) for word in done.stdout.split()]
             seconds.append(values[0])
             memory.append(values[1] / (60_000 * 3072))

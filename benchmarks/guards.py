@@ -8,12 +8,11 @@ and DurableCheckpointIO. Both are trained in one process, in turns, on synthetic
 """
 
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import begin, end, figure, in_turns, ratios
+from common import begin, end, figure, in_turns, now, ratios
 from torch import Tensor
 
 from lit_basics import RandomState
@@ -41,9 +40,9 @@ def main() -> None:
             trainer = make_trainer(config, Path(folder))
             if not guarded:
                 trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RandomState)]
-            begun = time.perf_counter()
+            begun = now()
             trainer.fit(config.model, datamodule=config.datamodule)
-            seconds = time.perf_counter() - begun
+            seconds = now() - begun
         weights[guarded] = [value.clone() for value in config.model.state_dict().values()]
         return seconds
 

@@ -7,11 +7,10 @@ images, and must end with the same weights, bit for bit. Of the loop it is the s
 what ``fit`` does at its end.
 """
 
-import time
 from typing import NamedTuple
 
 import torch
-from common import begin, by_command, end, figure, in_turns, ratios
+from common import begin, by_command, end, figure, in_turns, now, ratios
 from torch import Tensor, nn
 
 from lit_basics import BlitzNet, ConvNet3, EpochOrder, LeNet5, SyntheticCIFAR10
@@ -50,12 +49,12 @@ def by_hand(settings: Settings, steps: int) -> tuple[float, list[Tensor]]:
     begun = 0.0
     for step, index in EpochOrder(steps * batch, batch, shuffle=True):
         if step == 20:
-            begun = time.perf_counter()
+            begun = now()
         images = x.index_select(0, index).float().div_(255).sub_(settings.mean).div_(settings.std)
         optimizer.zero_grad()
         criterion(net(images), y[index]).backward()
         optimizer.step()
-    return (time.perf_counter() - begun) / (steps - 20), list(net.parameters())
+    return (now() - begun) / (steps - 20), list(net.parameters())
 
 
 def compare(recipe: str, steps: int, rounds: int) -> None:

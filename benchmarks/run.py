@@ -1,6 +1,6 @@
 """All benchmarks but that of accuracy, one after another; the figures are left in benchmarks.json.
 
-Usage: python benchmarks/run.py [--rounds 3] [--quick] [--json benchmarks.json]
+Usage: python benchmarks/run.py [--rounds 3] [--quick] [--cpu_time] [--json benchmarks.json]
 """
 
 import argparse
@@ -17,12 +17,13 @@ def main() -> None:
     """Print what the scripts print; keep their last lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", default="3")
-    parser.add_argument("--quick", action="store_true")
+    for name in ("quick", "cpu_time"):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"))
     options = parser.parse_args()
     results, begun = {}, time.monotonic()
     for name in SCRIPTS:
-        words = ["--rounds", options.rounds, *["--quick"] * options.quick]
+        words = ["--rounds", options.rounds, *["--quick"] * options.quick, *["--cpu_time"] * options.cpu_time]
         command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *words]
         print(f"\n== {name}", flush=True)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
