@@ -71,13 +71,14 @@ def augmentation(images: int, rounds: int) -> None:
 
 CHILD = """
 import sys
-import lit_basics
+import lit_basics, torch
 from common import now
 for name in lit_basics.__all__:
     getattr(lit_basics, name)
 def memory():
     with open("/proc/self/status") as file:
         return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith(("VmRSS", "VmHWM"))}
+torch.set_num_threads(1)
 before, begun = memory()["VmRSS"], now()
 data = lit_basics.CIFAR10DataModule(sys.argv[1], batch_size=64)
 data.prepare_data()
