@@ -7,6 +7,8 @@ and DurableCheckpointIO. Both are trained in one process, in turns, on synthetic
 ``Trainer.fit``, saves included. The final weights must be equal bit for bit.
 """
 
+import contextlib
+import io
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,8 @@ def main() -> None:
             if not guarded:
                 trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RandomState)]
             begun = now()
-            trainer.fit(config.model, datamodule=config.datamodule)
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.fit(config.model, datamodule=config.datamodule)
             seconds = now() - begun
         weights[guarded] = [value.clone() for value in config.model.state_dict().values()]
         return seconds
