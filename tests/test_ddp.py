@@ -32,13 +32,19 @@ def final_weights(run_dir):
     return checkpoint["state_dict"]
 
 
-@pytest.mark.parametrize("mode", ["automatic", "manual"])
+MODES = {
+    "automatic": [],
+    "manual": ["--model.automatic_optimization", "false"],
+    "three steps": ["--model.steps_per_execution", "3"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_give_one_ranks_gradients(mode, tmp_path):
     path = write_npz(tmp_path / "images.npz", train=120)
     more = ["--data.val_size", "12", "--data.flip", "true", "--data.crop", "2"]
     more += ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.2"]
-    if mode == "manual":
-        more += ["--model.automatic_optimization", "false"]
+    more += MODES[mode]
     run([*FIT, *words(path, tmp_path / "one", *more)])
     run([*FIT, *words(path, tmp_path / "two", *more, "--config", "ddp")])
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")

@@ -9,6 +9,11 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lit_basics import LitClassifier, SyntheticCIFAR10
 
+MODES = (
+    {"automatic_optimization": False},
+    {"steps_per_execution": 3},
+    {"steps_per_execution": 8},
+)
 SETTINGS = {
     "plain": {},
     "clip by norm": {"gradient_clip_val": 0.05},
@@ -19,6 +24,9 @@ SETTINGS = {
     "bf16-true": {"precision": "bf16-true"},
     "float64": {"precision": "64-true"},
     "max_steps": {"max_steps": 13, "accumulate_grad_batches": 2},
+    "validation within the epoch": {"val_check_interval": 5},
+    "validation by steps": {"val_check_interval": 7, "check_val_every_n_epoch": None},
+    "limited": {"limit_train_batches": 10},
 }
 SCHEDULERS = {
     "none": {},
@@ -50,13 +58,13 @@ class Steps(pl.Callback):
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def run(manual, settings, scheduler):
+def run(mode, settings, scheduler):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10))
     model = LitClassifier(
         net,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-        automatic_optimization=not manual,
+        **mode,
         **scheduler,
     )
     steps = Steps()
@@ -82,18 +90,20 @@ def run(manual, settings, scheduler):
     ],
 )
 def test_manual_equals_automatic(settings, scheduler):
-    automatic, trainer = run(False, SETTINGS[settings], SCHEDULERS[scheduler])
-    manual, manual_trainer = run(True, SETTINGS[settings], SCHEDULERS[scheduler])
-    assert_same_steps(manual.weights, automatic.weights, trainer.global_step)
-    assert_same_steps(manual.gradients, automatic.gradients, trainer.global_step)
-    assert manual.rates == automatic.rates
+    automatic, trainer = run({}, SETTINGS[settings], SCHEDULERS[scheduler])
     if scheduler != "none":
         assert len(set(automatic.rates)) > 1, "the scheduler did nothing"
-    assert manual_trainer.global_step == trainer.global_step > 0
-    assert manual_trainer.current_epoch == trainer.current_epoch
-    assert manual_trainer.gradient_clip_val == SETTINGS[settings].get("gradient_clip_val")
-    for name, value in trainer.callback_metrics.items():
-        assert torch.equal(manual_trainer.callback_metrics[name], value), name
+    for mode in MODES:
+        manual, manual_trainer = run(mode, SETTINGS[settings], SCHEDULERS[scheduler])
+        assert_same_steps(manual.weights, automatic.weights, trainer.global_step)
+        assert_same_steps(manual.gradients, automatic.gradients, trainer.global_step)
+        assert manual.rates == automatic.rates
+        assert manual_trainer.global_step == trainer.global_step > 0
+        assert manual_trainer.current_epoch == trainer.current_epoch
+        assert manual_trainer.gradient_clip_val == SETTINGS[settings].get("gradient_clip_val")
+        assert manual_trainer.callback_metrics.keys() == trainer.callback_metrics.keys()
+        for name, value in trainer.callback_metrics.items():
+            assert torch.equal(manual_trainer.callback_metrics[name], value), name
 
 
 def test_by_command_manual_logs_what_automatic_logs(tmp_path):

@@ -26,6 +26,13 @@ CASES = {
     "steps": {"max_epochs": 5, "max_steps": 18},
 }
 
+MODES = {
+    "automatic": {},
+    "manual": {"automatic_optimization": False},
+    "three steps": {"steps_per_execution": 3},
+    "eight steps": {"steps_per_execution": 8},
+}
+
 
 class SaveEverywhere(Checkpoint):
     """Saves after every batch (but where an epoch's end or a validation follows at once) and every epoch."""
@@ -41,7 +48,7 @@ class SaveEverywhere(Checkpoint):
         trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
 
 
-def train(settings, manual, interval, checkpoint=None, save_to=None, epochs=3):
+def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3):
     torch.manual_seed(0 if checkpoint is None else 99)
     random.seed(1)
     np.random.seed(2)
@@ -53,7 +60,7 @@ def train(settings, manual, interval, checkpoint=None, save_to=None, epochs=3):
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9),
         lr_interval=interval,
-        automatic_optimization=not manual,
+        **mode,
     )
     best = BestLossCheckpoint(f"best{checkpoint.stem if checkpoint else ''}")
     trainer = pl.Trainer(
@@ -84,16 +91,16 @@ def train(settings, manual, interval, checkpoint=None, save_to=None, epochs=3):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("mode", [*list(MODES)[:-1], pytest.param("eight steps", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_resumes_exactly_from_every_step(case, manual, tmp_path):
+def test_resumes_exactly_from_every_step(case, mode, tmp_path):
     settings, interval = CASES[case], "step" if case == "clipped" else "epoch"
-    whole = train(settings, manual, interval, save_to=tmp_path)
+    whole = train(settings, MODES[mode], interval, save_to=tmp_path)
     last = f"epoch{whole['rest'][1] - 1}"
     checkpoints = [path for path in sorted(tmp_path.glob("*.ckpt")) if path.stem != last]
     assert len(checkpoints) >= 8
     for checkpoint in checkpoints:
-        resumed = train(settings, manual, interval, checkpoint=checkpoint)
+        resumed = train(settings, MODES[mode], interval, checkpoint=checkpoint)
         for part in ("weights", "momentum", "random"):
             assert_equal(resumed[part], whole[part])
         assert resumed["rest"] == whole["rest"], checkpoint.stem

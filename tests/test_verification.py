@@ -81,6 +81,21 @@ def test_our_own_module_passes_every_check():
     assert report["kill"].text.count(",") == 2, "three kills"
 
 
+@pytest.mark.slow
+def test_several_steps_per_execution_pass_every_check():
+    model = LitLeNet5(steps_per_execution=3)
+    report = verify(model, datamodule=images(crop=2, flip=True), steps=6, accumulate_grad_batches=2, **EXACT)
+    assert outcomes(report) == dict.fromkeys(("loop", "resume", "manual", "ddp", "kill"), "passed"), str(report)
+    assert "11 resume points" in report["resume"].text  # within a group too
+
+
+def test_a_loader_without_state_is_named_at_several_steps_per_execution():
+    net = nn.Linear(4, 2)
+    model = LitClassifier(net, num_classes=2, steps_per_execution=3)
+    report = verify(model, loader(shuffle=True), checks=["resume"], steps=4, **EXACT)
+    assert "the training loader (DataLoader) has no state_dict: batch 1 is of another order" in report["resume"].text
+
+
 def test_a_shuffled_loader_of_plain_lightning_fails_to_resume():
     report = verify(Plain(), loader(shuffle=True), checks=["loop", "resume"], steps=12, **EXACT)
     assert outcomes(report) == {"loop": "passed", "resume": "failed"}, str(report)

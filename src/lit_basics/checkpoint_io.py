@@ -1,5 +1,6 @@
 """Checkpoints that survive a crash while they are written, and damage afterwards."""
 
+import copy
 import glob
 import hashlib
 import io
@@ -18,7 +19,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file, sync_folder
@@ -39,15 +42,15 @@ class DurableCheckpointIO(CheckpointIO):
     Args:
         min_seconds: A file that was written less than this ago is not written again yet: its newest state is
             held in memory until a later save or the end of the run.
-        asynchronous: Whether a thread writes, one save at a time; an error is raised at the next save or at
-            the end.
+        asynchronous: Whether a thread writes, one save at a time, from a copy in memory: the training waits only
+            for that copy. An error is raised at the next save or at the end.
     """
 
     def __init__(self, min_seconds: float = 0.0, asynchronous: bool = False) -> None:
         self.min_seconds = min_seconds
         self._pool = ThreadPoolExecutor(1) if asynchronous else None
         self._in_flight: Future[None] | None = None
-        self._held: dict[Path, bytes] = {}
+        self._held: dict[Path, dict[str, Any]] = {}
         self._written: dict[Path, float] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -64,23 +67,21 @@ class DurableCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("DurableCheckpointIO takes no storage_options")
-        target = Path(path)
-        buffer = io.BytesIO()
-        # a copy: the live weights may change from here on
-        torch.save({**checkpoint, VERSION: version("lit_basics")}, buffer)
+        target, state = Path(path), {**checkpoint, VERSION: version("lit_basics")}
         if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
-            self._held[target] = buffer.getvalue()
+            self._held[target] = copied(state)
         else:
             self._held.pop(target, None)
-            self._write(target, buffer.getvalue())
+            # the live weights may change from here on
+            self._write(target, state if self._pool is None else copied(state))
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         self._written[path] = time.monotonic()
         if self._pool is None:
-            write_checked(path, content)
+            write_state(path, state)
             return
         self._finish_write()
-        self._in_flight = self._pool.submit(write_checked, path, content)
+        self._in_flight = self._pool.submit(write_state, path, state)
 
     def _finish_write(self) -> None:
         if self._in_flight is not None:
@@ -124,6 +125,26 @@ def previous_path(path: Path) -> Path:
 def checksum_path(path: Path) -> Path:
     """Return where the checksums of ``path`` and of the one before it are kept."""
     return path.with_name(path.name + ".sha256")
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy on the CPU; tensors that share their memory, such as tied weights, do so in the copy."""
+    copies: dict[int, Any] = {}
+
+    def copy_first(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu" or tensor.requires_grad:  # deepcopy stays on the device, or refuses
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return tensor
+
+    apply_to_collection(state, Tensor, copy_first)
+    return copy.deepcopy(state, copies)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint as :func:`write_checked` does."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_checked(path, buffer.getvalue())
 
 
 def write_checked(path: Path, content: bytes) -> None:

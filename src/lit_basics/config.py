@@ -54,7 +54,8 @@ class Config(LightningCLI):
         # a config cannot widen the list: the flag is typed, and typed again for a resumed run
         self._allowed, args = taken(args, FLAG)
         for name in lit_basics.__all__:
-            getattr(lit_basics, name)  # imported classes are known by their short names
+            if name[0].isupper():
+                getattr(lit_basics, name)  # imported classes are known by their short names
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,

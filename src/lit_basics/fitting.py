@@ -1,5 +1,6 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
+import contextlib
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
@@ -164,6 +166,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     if config.optimizer_arguments:
         callbacks.append(OptimizerArguments(config.optimizer_arguments))
     arguments["callbacks"] = callbacks
+    arguments["profiler"] = arguments["profiler"] or _NoProfiler()
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
     try:
         return pl.Trainer(**arguments)
@@ -183,6 +186,17 @@ def with_durable_checkpoints(plugins: Any, min_seconds: float) -> list[Any]:
     if not any(isinstance(plugin, CheckpointIO) for plugin in given):
         given.append(DurableCheckpointIO(min_seconds))
     return given
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Profiles nothing, in a context that is made once and not for each call of each callback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
+        return self._nothing
 
 
 class _RunFiles(pl.Callback):

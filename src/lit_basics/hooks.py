@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lit_basics.errors import UserError
+from lit_basics.execution import check_one_loader, leave_alone, put_between, step_schedulers
 from lit_basics.recording import recorder_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class TrainingHooks(pl.Callback):
         self.module = module
         trainer = module.trainer
         self._manual = not module.automatic_optimization
+        self._several = self._manual and module.steps_per_execution > 1
+        self._own_clipping = is_overridden("configure_gradient_clipping", module)
         self._settings = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
@@ -46,7 +49,8 @@ class TrainingHooks(pl.Callback):
         """Put the settings back: the check is over.
 
         Raises:
-            UserError: If the DataModule knows its number of classes and it is larger than the module's.
+            UserError: If the DataModule knows its number of classes and it is larger than the module's, or the
+                Trainer has what cannot work with several steps per execution.
         """
         trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
         there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
@@ -54,6 +58,8 @@ class TrainingHooks(pl.Callback):
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
             skip_empty_hooks(callback)
+        if self._several and stage == TrainerFn.FITTING:
+            put_between(self.module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
@@ -61,6 +67,8 @@ class TrainingHooks(pl.Callback):
         Raises:
             UserError: If the module's own ``configure_optimizers`` made a scheduler for manual optimization.
         """
+        if self._several:
+            check_one_loader(self.module)
         if self._manual and self.module.own_optimizers and trainer.lr_scheduler_configs:
             raise UserError(
                 f"{type(pl_module).__name__}.configure_optimizers returns a scheduler, whose interval Lightning drops "
@@ -90,7 +98,7 @@ class TrainingHooks(pl.Callback):
             for index, group in enumerate(groups):
                 name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
                 recorder_of(trainer).put_host(step, name, float(group["lr"]), every=every)
-        if self._manual:
+        if self._manual and (trainer.gradient_clip_val or self._own_clipping):
             pl_module.configure_gradient_clipping(
                 optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
             )
@@ -175,6 +183,14 @@ class TrainingHooks(pl.Callback):
         """Keep it until training starts."""
         self._resumed = checkpoint.get("lit_basics")
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        leave_alone(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was."""
+        leave_alone(trainer)
+
 
 BATCH_HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
@@ -191,25 +207,3 @@ def skip_empty_hooks(callback: pl.Callback) -> None:
     for name in BATCH_HOOKS:
         if getattr(type(callback), name) is getattr(pl.Callback, name) and name not in vars(callback):
             setattr(callback, name, None)
-
-
-def step_schedulers(module: LitSupervised, interval: str, *, plateau: bool) -> None:
-    """In manual optimization, step the schedulers as Lightning does in automatic, at the same moments.
-
-    Raises:
-        UserError: If a ``ReduceLROnPlateau`` watches what was not logged.
-    """
-    if module.automatic_optimization or interval != module.lr_interval:
-        return
-    trainer, monitor = module.trainer, module.lr_monitor
-    for config in trainer.lr_scheduler_configs:
-        counter = 1 + (trainer.fit_loop.batch_idx if interval == "step" else trainer.current_epoch)
-        if isinstance(config.scheduler, ReduceLROnPlateau) != plateau or counter % config.frequency:
-            continue
-        value = trainer.callback_metrics.get(monitor) if plateau else None
-        if plateau and value is None:
-            raise UserError(
-                f"ReduceLROnPlateau monitors {monitor!r} (lr_monitor), which is not there; "
-                f"there is {', '.join(trainer.callback_metrics) or 'nothing yet'}"
-            )
-        module.lr_scheduler_step(config.scheduler, value)

@@ -60,7 +60,7 @@ class MetricsCSV(Logger):
         step = step or 0
         self._add_columns([key for key in row if key not in self._keys])
         assert self._file is not None
-        place = bisect.bisect_left([s for s, _, _ in self._tail], step)
+        place = bisect.bisect_left(self._tail, step, key=lambda row: row[0])
         start = self._tail[place][2] if place < len(self._tail) else self._file.tell()
         if place < len(self._tail):  # not a new row at the end: write the rows from it on again
             self._file.seek(start)

@@ -18,7 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_basics import nets
 from lit_basics.data.arrays import no_batches
 from lit_basics.errors import UserError
-from lit_basics.hooks import TrainingHooks, step_schedulers
+from lit_basics.execution import Counters, only_optimizer, step_schedulers
+from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import recorder_of
 
@@ -46,9 +47,12 @@ class LitSupervised(pl.LightningModule):
         lr_monitor: What a ``ReduceLROnPlateau`` watches.
         automatic_optimization: False for manual optimization: the weights are the same bit for bit, and
             ``Trainer(gradient_clip_val=…, accumulate_grad_batches=…)`` and schedulers work as well.
+        steps_per_execution: Optimizer steps for each batch that Lightning handles; above 1 they are made in manual
+            optimization. It changes the speed of small nets only: see :mod:`lit_basics.execution`.
 
     Raises:
-        UserError: If manual optimization is asked of a subclass that overrides ``training_step``.
+        UserError: If ``steps_per_execution`` is below 1, or if it is above 1, or manual optimization asked of, a
+            subclass that overrides ``training_step``.
     """
 
     def __init__(
@@ -62,22 +66,25 @@ class LitSupervised(pl.LightningModule):
         lr_interval: str = "epoch",
         lr_monitor: str = "train/loss",
         automatic_optimization: bool = True,
+        steps_per_execution: int = 1,
     ) -> None:
         super().__init__()
+        if steps_per_execution < 1:
+            raise UserError(f"steps_per_execution is {steps_per_execution}; it must be at least 1")
         if lr_interval not in ("epoch", "step"):
             raise UserError(f"lr_interval is {lr_interval!r}; it must be 'epoch' or 'step'")
         self.own_training_step = _overrides(self, "training_step")
         self.own_optimizers = _overrides(self, "configure_optimizers")
+        several = steps_per_execution > 1
+        manual = f"steps_per_execution={steps_per_execution}" if several else "automatic_optimization=False"
         for name, instead in (("training_step", "override compute_loss"), ("optimizer_step", "give a scheduler")):
-            if not automatic_optimization and _overrides(self, name):
-                raise UserError(
-                    f"{type(self).__name__} overrides {name}, so automatic_optimization=False cannot apply: "
-                    f"{instead} instead"
-                )
+            if (several or not automatic_optimization) and _overrides(self, name):
+                raise UserError(f"{type(self).__name__} overrides {name}, so {manual} cannot apply: {instead} instead")
         self.save_hyperparameters(_primitive_arguments(self))
         self.net = net
         self.criterion = criterion
-        self.automatic_optimization = automatic_optimization
+        self.steps_per_execution = steps_per_execution
+        self.automatic_optimization = automatic_optimization and not several
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -152,17 +159,15 @@ class LitSupervised(pl.LightningModule):
             loss = self.compute_loss(batch, batch_idx)
             self.record("train/loss", loss)
             return loss
-        self._manual_step(batch, batch_idx)
-        return None
+        return self._manual_step(batch, batch_idx)
 
-    def _manual_step(self, batch: Any, batch_idx: int) -> None:
+    def _manual_step(self, batch: Any, batch_idx: int) -> Tensor:
         accumulate = self.trainer.accumulate_grad_batches
-        optimizer = self.optimizers()
-        if isinstance(optimizer, list):
-            raise UserError(
-                f"{type(self).__name__}.configure_optimizers returns {len(optimizer)} optimizers; "
-                "LitSupervised steps one: PairedOptimizer makes one of two"
-            )
+        only_optimizer(self)
+        optimizer: Any = self.optimizers()
+        if self.steps_per_execution > 1 and self.trainer.fit_loop.batch_idx + 1 == self.trainer.num_training_batches:
+            Counters(self.trainer).mark_last_batch()
+        losses: list[Tensor] = []
 
         def closure() -> Tensor:
             # LBFGS evaluates several times within this step: cached casts of the weights would be stale
@@ -172,7 +177,8 @@ class LitSupervised(pl.LightningModule):
             self.record("train/loss", loss)
             if batch_idx % accumulate == 0:
                 optimizer.zero_grad()
-            self.manual_backward(loss / accumulate)
+            losses[:] = [loss / accumulate]
+            self.manual_backward(losses[0])
             return loss
 
         # automatic optimization runs backward and the update outside autocast; training_step is inside it
@@ -180,11 +186,12 @@ class LitSupervised(pl.LightningModule):
             if (batch_idx + 1) % accumulate and not self.trainer.is_last_batch:
                 with optimizer.toggle_model(sync_grad=False):
                     closure()
-                return
+                return losses[0].detach()
             optimizer.step(closure)
         step_schedulers(self, "step", plateau=False)
         if self.trainer.is_last_batch:
             step_schedulers(self, "epoch", plateau=False)
+        return losses[0].detach()
 
     # evaluation
 

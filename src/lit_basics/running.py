@@ -11,7 +11,6 @@ from lit_basics.errors import UserError
 from lit_basics.evaluating import evaluate
 from lit_basics.fitting import fit
 from lit_basics.launching import ending_with_launcher
-from lit_basics.verification.command import verify_config
 
 
 def run(command: str, args: list[str]) -> None:
@@ -26,6 +25,8 @@ def run(command: str, args: list[str]) -> None:
             if command == "fit":
                 fit(args)
             elif command == "verify":
+                from lit_basics.verification.command import verify_config
+
                 verify_config(args)
             else:
                 evaluate(command, args)

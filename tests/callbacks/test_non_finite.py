@@ -45,6 +45,8 @@ SETTINGS = {
     "manual accumulation": {"manual": True, "accumulate_grad_batches": 3},
     "clipping": {"gradient_clip_val": 0.1},
     "manual clipping": {"manual": True, "gradient_clip_val": 0.1},
+    "three steps": {"steps": 3},
+    "three steps, all": {"steps": 3, "accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
 }
 WARNINGS = "ignore:(loss is|net)"  # what the guard says when it goes on
 
@@ -69,7 +71,7 @@ def spoil(kind, net, loss):
 class Faulty(LitSupervised):
     """Batch-norm between two layers; the batches in ``bad`` are spoilt."""
 
-    def __init__(self, kind="nan loss", bad=(), manual=False, optimizer=None):
+    def __init__(self, kind="nan loss", bad=(), manual=False, optimizer=None, steps=1):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
         super().__init__(
@@ -79,6 +81,7 @@ class Faulty(LitSupervised):
             lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.9),
             lr_interval="step",
             automatic_optimization=not manual,
+            steps_per_execution=steps,
         )
         self.kind, self.bad = kind, frozenset(bad)
 
@@ -117,7 +120,7 @@ def trainer(*callbacks, **settings):
     )
 
 
-def train(guard, kind, bad, manual=False, folder=None, every=1, checkpoint=None, monitor=False, **settings):
+def train(guard, kind, bad, manual=False, folder=None, every=1, checkpoint=None, monitor=False, steps=1, **settings):
     """Return the module and the Trainer after a run with faults, and what stopped it."""
     saver = [SaveEverywhere(folder, every)] if folder else []
     fitted = trainer(
@@ -127,7 +130,7 @@ def train(guard, kind, bad, manual=False, folder=None, every=1, checkpoint=None,
         enable_checkpointing=bool(folder),
         **settings,
     )
-    module, error = Faulty(kind, bad, manual), None
+    module, error = Faulty(kind, bad, manual, steps=steps), None
     try:
         fitted.fit(module, batches(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except NonFiniteError as stopped:
@@ -206,7 +209,7 @@ def meets(policy, kind, case, seed, folder, every=1):
     assert error is None
     assert guard.faults == len(steps)
     assert fitted.global_step == BATCHES // accumulate
-    net, optimizer = by_hand(policy, bad, **{k: v for k, v in settings.items() if k != "manual"})
+    net, optimizer = by_hand(policy, bad, **{k: v for k, v in settings.items() if k not in ("manual", "steps")})
     assert_equal(module.net.state_dict(), net.state_dict())
     assert_equal(momentum(fitted.optimizers[0]), momentum(optimizer))
     assert fitted.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
@@ -242,7 +245,7 @@ def stops(kind, case, batch, folder, every=1):
 
 
 QUICK = [
-    *(("nan loss", case) for case in ("automatic", "manual accumulation", "manual clipping")),
+    *(("nan loss", case) for case in ("automatic", "manual accumulation", "manual clipping", "three steps, all")),
     *((kind, "automatic") for kind in KINDS[1:]),
     ("buffer", "accumulation"),
 ]
@@ -399,7 +402,7 @@ def test_each_fault_is_said_and_the_budget_counts_on_after_a_resume(policy, tmp_
 
 
 @pytest.mark.filterwarnings(WARNINGS)
-@pytest.mark.parametrize("case", ["automatic", "manual accumulation"])
+@pytest.mark.parametrize("case", ["automatic", "manual accumulation", "three steps"])
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_resumed_run_is_the_run_that_never_stopped(policy, case, tmp_path):
     # without the snapshot (or the buffers) in the checkpoint a rollback after the resume goes elsewhere: weights differ

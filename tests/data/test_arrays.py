@@ -54,11 +54,11 @@ def test_statistics_are_those_of_the_training_images():
 
 def test_channel_statistics_are_exact():
     images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
-    mean, std = channel_statistics(images)
+    mean, std = channel_statistics(images, torch.arange(len(images)))
     pixels = images.double().div(255).transpose(0, 1).flatten(1)
     assert mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
     assert std == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-12)
-    assert channel_statistics(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8))[1] == [1.0]
+    assert channel_statistics(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8), torch.arange(2))[1] == [1.0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

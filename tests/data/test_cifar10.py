@@ -321,6 +321,17 @@ def test_a_damaged_archive_is_a_user_error(tmp_path):
 # the cache
 
 
+def test_the_cache_is_read_once(folder, url, monkeypatch):
+    module(folder, url).prepare_data()
+    read, times = cifar10.read_cache, []
+    monkeypatch.setattr(cifar10, "read_cache", lambda path: times.append(path) or read(path))
+    data = module(folder)
+    for _ in range(2):  # fit, then test
+        data.prepare_data()
+        data.setup("fit")
+    assert len(times) == 1
+
+
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "other_shape", "other_dtype", "pickle", "npy"])
 def test_a_damaged_cache_is_named_and_built_again(folder, url, tmp_path, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)

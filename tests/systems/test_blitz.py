@@ -9,6 +9,7 @@ from torch import nn
 from torchvision import transforms
 
 STEPS = 500
+SEVERAL = ["--model.steps_per_execution", "8"]
 
 
 class Net(nn.Module):
@@ -54,7 +55,7 @@ def tutorial(path, initial, size):
     return losses, weights
 
 
-@pytest.mark.parametrize("overlay", [[], ["--config", "manual"]], ids=["automatic", "manual"])
+@pytest.mark.parametrize("overlay", [[], ["--config", "manual"], SEVERAL], ids=["automatic", "manual", "eight steps"])
 def test_recipe_equals_the_tutorials_loop(overlay, tmp_path):
     path = write_npz(tmp_path / "images.npz", train=1000)
     data = ["--data", "NpzDataModule", "--data.path", path]

@@ -1,10 +1,22 @@
 """How parameters are named in metric keys."""
 
+import weakref
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
+
+
+class _Named(NamedTuple):
+    module: "weakref.ref[nn.Module]"
+    ids: list[int]
+    parameters: list[tuple[str, nn.Parameter]]
+
+
+# a walk through a small module costs as much as its step
+_known: "weakref.WeakKeyDictionary[torch.optim.Optimizer, _Named]" = weakref.WeakKeyDictionary()
 
 
 def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
@@ -12,10 +24,14 @@ def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimi
 
     A prefix that all parameters of the module share (``net.``) and torch.compile's are left out.
     """
-    parameters = list(module.named_parameters())
-    names = short_names(name for name, _ in parameters)
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [(name, p) for name, (_, p) in zip(names, parameters, strict=True) if id(p) in ids]
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    known = _known.get(optimizer)
+    if known is None or known.ids != ids or known.module() is not module:
+        wanted, parameters = set(ids), list(module.named_parameters())
+        names = short_names(name for name, _ in parameters)
+        trained = [(name, p) for name, (_, p) in zip(names, parameters, strict=True) if id(p) in wanted]
+        known = _known[optimizer] = _Named(weakref.ref(module), ids, trained)
+    return known.parameters
 
 
 def short_names(names: Iterable[str]) -> list[str]:

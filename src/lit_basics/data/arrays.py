@@ -74,12 +74,12 @@ class ArrayLoader:
             if self._indices is not None:
                 index = self._indices[index]
             index = index.to(self.inputs.device)
-            x = self.inputs[index]
+            x = self.inputs.index_select(0, index)  # row by row; indexing copies byte by byte on the CPU
             if self._transform is not None:
                 x = self._transform(x)
                 if self._normalize is not None and x.dtype != torch.uint8:
                     raise UserError(f"transform returns {x.dtype}; it must keep uint8: normalisation comes after it")
-            yield self._augmented(x, batch), self.targets[index]
+            yield self._augmented(x, batch), self.targets.index_select(0, index)
 
     def _augmented(self, x: Tensor, batch: int) -> Tensor:
         crop, cutout = self._crop, self._cutout
@@ -198,7 +198,7 @@ class ArrayDataModule(pl.LightningDataModule):
         self._val, self._train = shuffled[:val].sort().values, shuffled[val:].sort().values
         mean, std = self.mean, self.std
         if mean is None or std is None:
-            measured_mean, measured_std = channel_statistics(arrays.x_train[self._train] if val else arrays.x_train)
+            measured_mean, measured_std = channel_statistics(arrays.x_train, self._train)
             mean, std = mean or measured_mean, std or measured_std
         self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -278,15 +278,22 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
     )
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel of uint8 images (N, C, H, W), of pixels in [0, 1].
+def channel_statistics(images: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel, of pixels in [0, 1].
 
     Exact: counted from a histogram of the 256 values. A constant channel has standard deviation 1.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        indices: The images that count, int64.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
+    histograms = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in torch.split(indices, 1000):  # some at a time: a copy of all would double the memory
+        for counts, pixels in zip(histograms, images.index_select(0, part).unbind(1), strict=True):
+            counts += torch.bincount(pixels.flatten(), minlength=256)
     means, stds = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+    for counts in histograms.double():
         mean = (counts * values).sum() / counts.sum()
         variance = (counts * (values - mean) ** 2).sum() / counts.sum()
         means.append(mean.item())

@@ -62,6 +62,7 @@ class CIFAR10DataModule(ArrayDataModule):
         self.data_dir = Path(data_dir)
         self.mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
         self.timeout = timeout
+        self._checked_arrays: ImageArrays | None = None
 
     def prepare_data(self) -> None:
         """Build the cache, unless there is a good one.
@@ -70,6 +71,8 @@ class CIFAR10DataModule(ArrayDataModule):
             UserError: If the archive cannot be downloaded or is not what it should be, or the data folder
                 cannot be written.
         """
+        if self._arrays is not None or self._checked_arrays is not None:
+            return
         try:
             # first without the lock: a finished data folder may be read-only
             if self._is_prepared():
@@ -82,11 +85,14 @@ class CIFAR10DataModule(ArrayDataModule):
             raise self._unusable(error) from error
 
     def load(self) -> ImageArrays:
-        """Read the cache.
+        """Read the cache, unless ``prepare_data`` has just read it in this process.
 
         Raises:
             UserError: If there is none, as where preparing it failed in another process, or it is damaged.
         """
+        if self._checked_arrays is not None:
+            arrays, self._checked_arrays = self._checked_arrays, None
+            return arrays
         try:
             return read_cache(self.data_dir / CACHE)
         except FileNotFoundError as error:
@@ -98,7 +104,7 @@ class CIFAR10DataModule(ArrayDataModule):
 
     def _is_prepared(self) -> bool:
         try:
-            read_cache(self.data_dir / CACHE)
+            self._checked_arrays = read_cache(self.data_dir / CACHE)
         except FileNotFoundError:
             return False
         except UserError as error:

@@ -16,6 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_basics.callbacks.last import at_step_boundary
+from lit_basics.execution import StepsInBetween
 from lit_basics.modules import LitSupervised
 
 State = dict[str, Tensor]
@@ -100,6 +101,7 @@ class Tracer(Checkpoint):
         """Note where the run starts, and whether the loader has a state."""
         self.trace.steps = trainer.global_step
         loaders = CombinedLoader(trainer.train_dataloader).flattened
+        loaders = [loader.loader if isinstance(loader, StepsInBetween) else loader for loader in loaders]
         stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
         self.trace.loader = stateless[0] if stateless else ""
 

@@ -1,0 +1,452 @@
+"""``steps_per_execution``: what K changes (how often Lightning is asked) and what it does not (all else)."""
+
+import os
+import random
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import Rows, assert_equal, copied, fit, metrics, write_npz
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lit_basics import (
+    GradientMonitor,
+    LastCheckpoint,
+    LitClassifier,
+    LitSupervised,
+    Preemption,
+    RandomState,
+    ResumableDataLoader,
+    SyntheticCIFAR10,
+    UserError,
+    ValueMonitor,
+)
+from lit_basics.callbacks.preemption import Preempted
+from lit_basics.cli import main
+from lit_basics.execution import StepsInBetween
+
+KS = (1, 3, 8)
+NO_VALIDATION = "ignore:You defined a `validation_step` but have no `val_dataloader`"
+
+
+class Small(LitClassifier):
+    """A net with dropout and batch-norm; keeps the (epoch's) index of each batch that Lightning handles."""
+
+    def __init__(self, steps_per_execution=1, inputs=3072, **settings):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(inputs, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
+        super().__init__(
+            net,
+            optimizer=settings.pop("optimizer", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
+            # manual at K = 1 too: its checkpoints are to be the same
+            automatic_optimization=False,
+            steps_per_execution=steps_per_execution,
+            **settings,
+        )
+        self.handled = []
+
+
+def counted(module):
+    """Let a module keep the index of each batch that Lightning hands it."""
+    step = module._manual_step
+
+    def manual_step(batch, batch_idx):
+        module.handled.append(batch_idx)
+        return step(batch, batch_idx)
+
+    module._manual_step = manual_step
+    return module
+
+
+def trainer(*callbacks, **settings):
+    return pl.Trainer(
+        **{
+            **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
+            **settings,
+        }
+    )
+
+
+class Halved(SyntheticCIFAR10):
+    """Data with transfer hooks of its own."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 3, batch[1]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] / 2, batch[1]
+
+
+def data():
+    return Halved(96, 10, batch_size=8, val_size=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "handled"),
+    [
+        ({}, [2, 5, 8, 9]),
+        ({"accumulate_grad_batches": 2}, [5, 9]),
+        ({"val_check_interval": 5}, [2, 4, 5, 8, 9]),
+        ({"val_check_interval": 7, "check_val_every_n_epoch": None}, [2, 5, 6, 8, 9]),
+        ({"limit_train_batches": 7}, [2, 5, 6]),
+        ({"max_steps": 5}, [2, 4]),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, [4, 5]),
+    ],
+)
+def test_a_group_ends_at_every_third_step_and_where_lightning_has_something_to_do(settings, handled):
+    module = counted(Small(3))
+    fitted = trainer(**{**settings, "max_epochs": 1})
+    fitted.fit(module, data())
+    assert module.handled == handled
+    batches = min(10, settings.get("limit_train_batches", 10))
+    steps = -(-batches // settings.get("accumulate_grad_batches", 1))
+    assert fitted.global_step == min(steps, settings.get("max_steps", steps))
+
+
+class Everything(pl.Callback):
+    """Keeps what each hook of a batch sees; somebody's callback, which knows nothing of K."""
+
+    def __init__(self):
+        self.seen = []
+
+    def note(self, name, trainer, *more):
+        loop = trainer.fit_loop
+        state = trainer.global_step, loop.batch_idx, loop.total_batch_idx, trainer.current_epoch, trainer.is_last_batch
+        self.seen.append((name, *state, torch.get_rng_state().sum().item(), *more))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append((batch_idx, batch[0].sum().item(), pl_module.net[2].weight.sum().item()))
+        loop = trainer.fit_loop
+        self.seen.append((trainer.global_step, loop.batch_idx, loop.total_batch_idx, trainer.current_epoch))
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.note("before backward", trainer, loss.item())
+
+    def on_after_backward(self, trainer, pl_module):
+        self.note("after backward", trainer, pl_module.net[2].weight.grad.sum().item())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        assert isinstance(optimizer, torch.optim.SGD)
+        self.note("before step", trainer, pl_module.net[2].weight.grad.sum().item())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.note("end", trainer, outputs["loss"].item(), batch[0].sum().item(), batch_idx)
+
+    def on_validation_start(self, trainer, pl_module):
+        self.note("validation", trainer)
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 3, "val_check_interval": 4}])
+def test_a_foreign_callback_sees_every_step_as_at_one(settings):
+    # without the counters of a batch in between, the first difference is at the second batch
+    seen = {}
+    for k in KS:
+        callback = Everything()
+        trainer(callback, **settings).fit(Small(k), data())
+        seen[k] = callback.seen
+    assert len(seen[1]) > 80
+    assert seen[3] == seen[1]
+    assert seen[8] == seen[1]
+
+
+class SaveEverywhere(Checkpoint):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+
+def leaves(value, place=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{place}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from leaves(inner, f"{place}/{index}")
+    else:
+        yield place, value
+
+
+def test_the_checkpoint_after_every_batch_is_the_same(tmp_path):
+    for k in KS:
+        (tmp_path / str(k)).mkdir()
+        fitted = trainer(RandomState(), SaveEverywhere(tmp_path / str(k)), enable_checkpointing=True)
+        fitted.fit(Small(k, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2), lr_interval="step"), data())
+    for number in range(1, 21):
+        one, *others = (dict(leaves(torch.load(tmp_path / str(k) / f"{number}.ckpt", weights_only=True))) for k in KS)
+        for other in others:
+            assert other.keys() == one.keys()
+            for place, value in one.items():
+                if "steps_per_execution" in place:
+                    continue
+                same = torch.equal(value, other[place]) if isinstance(value, torch.Tensor) else value == other[place]
+                assert same, (number, place, value, other[place])
+
+
+def test_a_run_is_resumed_with_another_k(tmp_path):
+    whole = Small(3)
+    trainer(RandomState(), SaveEverywhere(tmp_path), enable_checkpointing=True).fit(whole, data())
+    for number, k in ((1, 8), (5, 8), (4, 2), (13, 1)):
+        module = Small(k)
+        torch.manual_seed(number)
+        trainer(RandomState()).fit(module, data(), ckpt_path=tmp_path / f"{number}.ckpt", weights_only=True)
+        assert_equal(module.state_dict(), whole.state_dict())
+
+
+class Noisy(Dataset):
+    """Draws from the process's random state, as torchvision's transforms do."""
+
+    def __len__(self):
+        return 38
+
+    def __getitem__(self, index):
+        return torch.rand(3, 4, 4) + random.random(), index % 10
+
+
+class Drawing(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        torch.rand(1)  # comes after the seed of a DataLoader's workers
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+@pytest.mark.parametrize("kind", [DataLoader, ResumableDataLoader])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_loader_with_a_length(kind, workers):
+    # drawn in advance, the batches' random numbers would come before the dropout's of the steps between
+    results = []
+    for k in KS:
+        module = Small(k, inputs=48)
+        torch.manual_seed(1)
+        random.seed(1)
+        loader = kind(Noisy(), batch_size=4, shuffle=True, num_workers=workers)
+        fitted = trainer(Drawing())
+        fitted.fit(module, loader)
+        results.append({**copied(module), "draws": torch.get_rng_state()})
+        assert (type(fitted.train_dataloader) is StepsInBetween) == (k > 1)
+        assert len(fitted.train_dataloader) == fitted.num_training_batches == 10
+        assert fitted.train_dataloader.dataset is loader.dataset
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
+
+
+def test_by_command_every_row_is_the_same(tmp_path):
+    path = write_npz(tmp_path / "images.npz", train=150)
+    words = [
+        *("--config", "lenet5", "--data", "NpzDataModule", "--data.path", path, "--data.batch_size", "12"),
+        *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--trainer.gradient_clip_val", "0.1"),
+        *("--data.val_size", "0.2", "--trainer.val_check_interval", "4"),
+    ]
+    runs = [
+        *(fit(*words, "--model.steps_per_execution", str(k), run_dir=f"k{k}") for k in KS),
+        fit(*words, "--config", "manual", run_dir="manual"),
+    ]
+    table = metrics(runs[0])
+    assert {"train/loss", "lr", "grad/norm"} <= set(table[5])
+    for run in runs[1:]:
+        assert (run / "metrics.csv").read_bytes() == (runs[0] / "metrics.csv").read_bytes()
+        assert_equal(torch.load(run / "best.pth", weights_only=True), torch.load("k1/best.pth", weights_only=True))
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+def test_each_number_by_value_too():
+    tables = []
+    for k in KS:
+        rows = Rows()
+        module = LitSupervised(nn.Linear(2, 1), nn.MSELoss(), steps_per_execution=k)
+        torch.manual_seed(0)
+        nn.init.ones_(module.net.weight)
+        nn.init.ones_(module.net.bias)
+        batches = DataLoader([(torch.full((2,), i / 7), torch.ones(1)) for i in range(30)], batch_size=3)
+        trainer(ValueMonitor(), GradientMonitor(), logger=rows, log_every_n_steps=1).fit(module, batches)
+        tables.append(rows.table())
+    assert "param/weight[0,1]" in tables[0][2]
+    assert tables[1] == tables[0]
+    assert tables[2] == tables[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_lbfgs_and_pairs(accumulate):
+    def lbfgs(parameters):
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
+
+    for optimizer in (lbfgs, torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1)):
+        states = []
+        for k in KS:
+            module = Small(k, optimizer=optimizer)
+            fitted = trainer(accumulate_grad_batches=accumulate)
+            fitted.fit(module, data())
+            states.append(module.state_dict())
+        assert fitted.global_step == 2 * -(-10 // accumulate)
+        assert_equal(states[1], states[0])
+        assert_equal(states[2], states[0])
+
+
+class Average(WeightAveraging):
+    def __init__(self):
+        super().__init__(avg_fn=lambda average, new, count: 0.9 * average + 0.1 * new)
+
+
+def test_lightnings_moving_average_of_the_weights_works():
+    states = []
+    for k in KS:
+        module, callback = Small(k), Average()
+        trainer(callback).fit(module, data())
+        assert callback._average_model.n_averaged == 20
+        states.append(module.state_dict())
+    assert_equal(states[1], states[0])
+    assert_equal(states[2], states[0])
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_lightnings_modelcheckpoint_saves_at_its_steps(tmp_path):
+    for k in KS:
+        callback = ModelCheckpoint(tmp_path / str(k), every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        trainer(callback, enable_checkpointing=True).fit(Small(k), data())
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) == 5
+    for k in KS[1:]:
+        assert sorted(path.name for path in (tmp_path / str(k)).iterdir()) == names
+        for name in names:
+            one, other = (torch.load(tmp_path / f / name, weights_only=True)["state_dict"] for f in ("1", str(k)))
+            assert_equal(other, one)
+
+
+class Signal(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
+    whole = Small(8)
+    trainer(RandomState()).fit(whole, data())
+    last = LastCheckpoint(str(tmp_path))
+    stopped = trainer(RandomState(), Signal(4), last, Preemption(last), enable_checkpointing=True)
+    with pytest.raises(Preempted) as left:
+        stopped.fit(Small(8), data())
+    assert left.value.code == 143
+    assert stopped.global_step == 5
+    module = Small(8)
+    trainer(RandomState()).fit(module, data(), ckpt_path=last.path, weights_only=True)
+    assert_equal(module.state_dict(), whole.state_dict())
+
+
+class StopAt(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or batch_idx == 3
+
+
+def test_a_stop_that_is_asked_for_within_a_group_comes_with_the_next_batch():
+    module = counted(Small(8))
+    fitted = trainer(StopAt())
+    fitted.fit(module, data())
+    assert fitted.global_step == 5
+    assert module.handled == [4]
+
+
+def test_the_number_of_steps_is_known_to_schedulers():
+    class Cycled(Small):
+        def configure_optimizers(self):
+            self.steps = self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    for k in KS:
+        module = Cycled(k)
+        trainer(accumulate_grad_batches=3).fit(module, data())
+        assert module.steps == 8
+
+
+def test_the_trainer_is_left_as_it_was():
+    fitted = trainer()
+    fitted.fit(Small(3), data())
+    assert "process_dataloader" not in vars(fitted.strategy)
+    fitted.fit_loop.max_epochs = 4
+    plain = Small(1)
+    fitted.fit(plain, data())
+    assert not isinstance(fitted.train_dataloader, StepsInBetween)
+
+
+# refused
+
+
+def refused(module, message, *callbacks, loader=None, **settings):
+    fitted = trainer(*callbacks, **settings)
+    with pytest.raises(UserError, match=message) as error:
+        fitted.fit(module, loader if loader is not None else data())
+    assert "\n" not in str(error.value)
+    assert "process_dataloader" not in vars(fitted.strategy)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from Noisy()
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+def test_what_cannot_work_is_refused():
+    class OwnStep(LitClassifier):
+        def training_step(self, batch, batch_idx):
+            return self.compute_loss(batch, batch_idx)
+
+    with pytest.raises(
+        UserError, match="OwnStep overrides training_step, so steps_per_execution=3 cannot apply: overr"
+    ):
+        OwnStep(nn.Linear(1, 10), steps_per_execution=3)
+    with pytest.raises(UserError, match="steps_per_execution is 0; it must be at least 1"):
+        LitClassifier(nn.Linear(1, 10), steps_per_execution=0)
+    scaler = torch.amp.GradScaler("cpu")
+    refused(Small(3), "16-mixed scales each step", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    refused(Small(3), "StochasticWeightAveraging needs automatic", StochasticWeightAveraging(0.1))
+    refused(Small(3), "DataLoader has no length", loader=DataLoader(Endless(), batch_size=4))
+    loader = DataLoader(Noisy(), batch_size=4)
+    refused(Small(3), "it takes one training loader", loader={"a": loader, "b": loader})
+    refused(Small(3), "it takes one training loader", loader={"a": loader})
+
+
+def test_logging_past_the_recorder_is_refused():
+    class Logging(Small):
+        def compute_loss(self, batch, batch_idx):
+            loss = super().compute_loss(batch, batch_idx)
+            self.log("train/mine", loss)
+            return loss
+
+    trainer().fit(Logging(1), data())
+    refused(Logging(3), r"self.log has no place: record\(name, scalar\) logs each step")
+
+
+def test_an_epoch_is_not_left_by_minus_one():
+    class Leaving(Small):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 1 else None
+
+    refused(Leaving(3), "cannot be left by returning -1")
+
+
+def test_a_hook_that_is_never_called_is_named():
+    class Zero(pl.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            pass
+
+    with pytest.warns(UserWarning, match="steps_per_execution is 3: on_before_zero_grad of Zero is not called"):
+        trainer(Zero()).fit(Small(3), data())
+
+
+def test_by_command_another_k_goes_on_and_one_is_refused(tmp_path, capsys):
+    words = ("--config", "quickstart", "--data.train_images", "500", "--model.steps_per_execution", "3")
+    whole = fit(*words, "--trainer.max_epochs", "2", run_dir="whole")
+    run = fit(*words, "--trainer.max_epochs", "1", run_dir="run")
+    more = ["fit", "--resume", str(run), "--trainer.max_epochs", "2", "--model.steps_per_execution"]
+    assert main([*more, "1"]) == 2
+    assert "--model.steps_per_execution 1: the run to resume has 3, and its state" in capsys.readouterr().err
+    assert main([*more, "8"]) == 0
+    states = [torch.load(r / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for r in (run, whole)]
+    assert_equal(*states)
