@@ -1,5 +1,6 @@
 """``steps_per_execution``: what K changes (how often Lightning is asked) and what it does not (all else)."""
 
+import inspect
 import os
 import random
 import signal
@@ -36,14 +37,13 @@ NO_VALIDATION = "ignore:You defined a `validation_step` but have no `val_dataloa
 class Small(LitClassifier):
     """A net with dropout and batch-norm; keeps the (epoch's) index of each batch that Lightning handles."""
 
-    def __init__(self, steps_per_execution=1, inputs=3072, **settings):
+    def __init__(self, steps_per_execution=1, inputs=3072, automatic=False, **settings):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(inputs, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
         super().__init__(
             net,
             optimizer=settings.pop("optimizer", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
-            # manual at K = 1 too: its checkpoints are to be the same
-            automatic_optimization=False,
+            automatic_optimization=automatic,  # manual at K = 1 too: its checkpoints are to be the same
             steps_per_execution=steps_per_execution,
             **settings,
         )
@@ -189,14 +189,21 @@ def test_the_checkpoint_after_every_batch_is_the_same(tmp_path):
                 assert same, (number, place, value, other[place])
 
 
-def test_a_run_is_resumed_with_another_k(tmp_path):
-    whole = Small(3)
-    trainer(RandomState(), SaveEverywhere(tmp_path), enable_checkpointing=True).fit(whole, data())
-    for number, k in ((1, 8), (5, 8), (4, 2), (13, 1)):
-        module = Small(k)
-        torch.manual_seed(number)
-        trainer(RandomState()).fit(module, data(), ckpt_path=tmp_path / f"{number}.ckpt", weights_only=True)
-        assert_equal(module.state_dict(), whole.state_dict())
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 3}])
+def test_a_run_is_resumed_with_another_k_and_in_the_other_mode(settings, tmp_path):
+    # without carry_steps the steps are counted from 0 in the other mode: max_steps comes too late
+    settings = {"max_steps": 6 if settings else 18, **settings}
+    for k, automatic in ((3, False), (1, True)):
+        whole, folder = Small(k, automatic=automatic), tmp_path / str(k)
+        folder.mkdir()
+        trainer(RandomState(), SaveEverywhere(folder), enable_checkpointing=True, **settings).fit(whole, data())
+        for number, (other, mode) in ((1, (8, False)), (5, (1, True)), (4, (2, False)), (13, (1, False))):
+            module = Small(other, automatic=mode)
+            torch.manual_seed(number)
+            resumed = trainer(RandomState(), **settings)
+            resumed.fit(module, data(), ckpt_path=folder / f"{number}.ckpt", weights_only=True)
+            assert resumed.global_step == settings["max_steps"]
+            assert_equal(module.state_dict(), whole.state_dict())
 
 
 class Noisy(Dataset):
@@ -217,7 +224,8 @@ class Drawing(pl.Callback):
 @pytest.mark.filterwarnings(NO_VALIDATION)
 @pytest.mark.parametrize("kind", [DataLoader, ResumableDataLoader])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_loader_with_a_length(kind, workers):
+def test_any_loader_with_a_length(kind, workers, monkeypatch):
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")  # as seed_everything(workers=True) does
     # drawn in advance, the batches' random numbers would come before the dropout's of the steps between
     results = []
     for k in KS:
@@ -231,6 +239,10 @@ def test_any_loader_with_a_length(kind, workers):
         assert (type(fitted.train_dataloader) is StepsInBetween) == (k > 1)
         assert len(fitted.train_dataloader) == fitted.num_training_batches == 10
         assert fitted.train_dataloader.dataset is loader.dataset
+        assert loader.worker_init_fn is not None
+        # how isinstance of a protocol looks from Python 3.12 on: not by __getattr__
+        stateful = inspect.getattr_static(fitted.train_dataloader, "state_dict", None) is not None
+        assert stateful == (kind is ResumableDataLoader)
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
 
@@ -440,13 +452,14 @@ def test_a_hook_that_is_never_called_is_named():
         trainer(Zero()).fit(Small(3), data())
 
 
-def test_by_command_another_k_goes_on_and_one_is_refused(tmp_path, capsys):
+def test_by_command_a_run_goes_on_with_another_k(tmp_path, capsys):
     words = ("--config", "quickstart", "--data.train_images", "500", "--model.steps_per_execution", "3")
-    whole = fit(*words, "--trainer.max_epochs", "2", run_dir="whole")
+    whole = fit(*words, "--trainer.max_epochs", "3", run_dir="whole")
     run = fit(*words, "--trainer.max_epochs", "1", run_dir="run")
-    more = ["fit", "--resume", str(run), "--trainer.max_epochs", "2", "--model.steps_per_execution"]
-    assert main([*more, "1"]) == 2
-    assert "--model.steps_per_execution 1: the run to resume has 3, and its state" in capsys.readouterr().err
-    assert main([*more, "8"]) == 0
+    for epochs, k in (("2", "1"), ("3", "8")):
+        words = ["--trainer.max_epochs", epochs, "--model.steps_per_execution", k]
+        assert main(["fit", "--resume", str(run), *words]) == 0
+        assert f"resuming with model.steps_per_execution {k} (was " in capsys.readouterr().out
     states = [torch.load(r / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for r in (run, whole)]
     assert_equal(*states)
+    assert metrics(run) == metrics(whole)

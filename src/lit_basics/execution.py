@@ -239,6 +239,18 @@ class Counters:
         self._batches.increment_by(0, is_last_batch=True)
 
 
+def carry_steps(checkpoint: dict[str, Any], module: LitSupervised) -> None:
+    """Let a checkpoint of the other mode of optimization be resumed: Lightning counts the steps of each apart."""
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if loops is None:
+        return
+    if module.automatic_optimization:
+        steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    else:
+        steps = loops["epoch_loop.manual_optimization.optim_step_progress"]
+    steps["total"] = dict.fromkeys(("ready", "completed"), checkpoint["global_step"])
+
+
 def put_between(module: LitSupervised) -> None:
     """Let Lightning's training loader make the steps in between, from the next one that is set up.
 

@@ -18,7 +18,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lit_basics.errors import UserError
-from lit_basics.execution import check_one_loader, leave_alone, put_between, step_schedulers
+from lit_basics.execution import carry_steps, check_one_loader, leave_alone, put_between, step_schedulers
 from lit_basics.recording import recorder_of
 
 if TYPE_CHECKING:
@@ -180,8 +180,9 @@ class TrainingHooks(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep it until training starts."""
+        """Keep it until training starts; count the steps for this mode of optimization."""
         self._resumed = checkpoint.get("lit_basics")
+        carry_steps(checkpoint, self.module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""

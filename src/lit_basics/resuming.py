@@ -11,13 +11,14 @@ from lit_basics.checkpoint_io import is_whole, load_checked
 from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
 
-CHANGEABLE = ("trainer.", "metrics_csv", "best_checkpoint", "last_checkpoint", "non_finite_guard")
+CHANGEABLE = (
+    *("trainer.", "metrics_csv", "best_checkpoint", "last_checkpoint", "non_finite_guard"),
+    "model.init_args.steps_per_execution",
+)
 """Keys, or beginnings of keys, that a resumed run may be given anew."""
 PATHS = ("data.init_args.path", "data.init_args.data_dir", "data.init_args.mirrors", "data.init_args.timeout")
 OPTIMIZER = "model.init_args.optimizer.init_args."
-STEPS = "model.init_args.steps_per_execution"
-"""Above 1 any other number above 1 makes the same run; 1 may be automatic optimization, which counts elsewhere."""
-RESTORED = ("model.init_args.optimizer.", "model.init_args.lr_", "model.init_args.automatic_optimization", STEPS)
+RESTORED = ("model.init_args.optimizer.", "model.init_args.lr_", "model.init_args.automatic_optimization")
 """What the checkpoint's state belongs to, so that no other can take it."""
 
 
@@ -76,8 +77,6 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
         was = f"--{short} {value}: the run to resume has {before.get(key)}"
         if key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER):
             arguments[key.removeprefix(OPTIMIZER)] = value
-        elif key == STEPS and min(value, before.get(key, 1)) > 1:
-            pass
         elif key.startswith(RESTORED):
             raise UserError(f"{was}, and its state would not fit; start a new run")
         elif not key.startswith(CHANGEABLE) and key not in PATHS and not reset:
