@@ -5,7 +5,7 @@ by Lightning in automatic optimization and by ``_manual_step`` in manual optimiz
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -115,7 +115,7 @@ class LitSupervised(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and the scheduler that were given as callables."""
         try:
-            optimizer = self._optimizer(self.parameters())
+            optimizer = self._optimizer(self.trained_parameters())
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer cannot train {type(self.net).__name__}: {error}") from error
         if self._lr_scheduler is None:
@@ -127,6 +127,10 @@ class LitSupervised(pl.LightningModule):
         if self.automatic_optimization:  # in manual optimization Lightning ignores these, with a warning
             scheduler |= {"interval": self.lr_interval, "monitor": self.lr_monitor}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
+
+    def trained_parameters(self) -> Any:
+        """Return the parameters, or groups of them, that the optimizer is made from; all of the module by default."""
+        return self.parameters()
 
     def record(self, name: str, value: Tensor) -> None:
         """Log a scalar of this training step without a host sync; ``<name>_epoch`` gets its mean.
@@ -208,9 +212,9 @@ class LitSupervised(pl.LightningModule):
         predictions: Tensor = self(batch[0] if isinstance(batch, (list, tuple)) else batch)
         return predictions
 
-    def _evaluate(self, batch: Any, metrics: nn.ModuleDict) -> None:
+    def _evaluate(self, batch: Any, metrics: nn.ModuleDict, predict: Callable[[Tensor], Tensor] | None = None) -> None:
         x, y = batch
-        predictions = self(x)
+        predictions = (predict or self)(x)
         for metric in metrics.values():
             if isinstance(metric, MeanLoss):
                 metric.update(self.criterion(predictions, y), len(y))

@@ -69,3 +69,93 @@ class PairedOptimizer(Optimizer):
         """Load the state of both optimizers."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+class SpeedOptimizer(Optimizer):
+    """Muon for the convolution filters, SGD with Nesterov momentum for the rest, as one optimizer.
+
+    A filter bank is first scaled to the norm √(its number of filters), then moved by ``filters_lr`` along the
+    orthogonal matrix nearest to its momentum (Muon, https://kellerjordan.github.io/posts/muon/, as in
+    airbench94_muon). The learning rates of SGD are for a loss that is a mean over the batch.
+
+    Args:
+        params: Groups with a ``name``: ``filters`` by Muon, ``head``, ``biases`` and ``whitening`` by SGD.
+        filters_lr: Learning rate of Muon.
+        filters_momentum: Momentum of Muon.
+        head_lr: Learning rate of the head.
+        bias_lr: Learning rate of the biases.
+        momentum: Momentum of SGD.
+        weight_decay: Share of its value that a parameter of SGD loses in a step at the full learning rate.
+
+    Raises:
+        UserError: If a group has another name, or none.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        filters_lr: float = 0.24,
+        filters_momentum: float = 0.6,
+        head_lr: float = 1340.0,
+        bias_lr: float = 106.0,
+        momentum: float = 0.85,
+        weight_decay: float = 0.004,
+    ) -> None:
+        lrs = {"filters": filters_lr, "head": head_lr, "biases": bias_lr, "whitening": bias_lr}
+        groups = list(params)
+        for group in groups:
+            name = group.get("name") if isinstance(group, dict) else None
+            if name not in lrs:
+                raise UserError(f"SpeedOptimizer takes groups named {', '.join(lrs)}, as LitSpeedNet's; not {name!r}")
+            muon = name == "filters"
+            group["lr"] = lrs[name]
+            group["momentum"] = filters_momentum if muon else momentum
+            group["weight_decay"] = 0.0 if muon or not lrs[name] else weight_decay / lrs[name]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make an update; ``closure``, if given, is evaluated once, first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                gradient = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+                update = gradient.add(buffer, alpha=momentum)
+                if group["name"] == "filters":
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                    update = orthogonalized(update.flatten(1)).view_as(p)
+                p.add_(update, alpha=-group["lr"])
+        return loss
+
+
+def orthogonalized(matrix: Tensor, steps: int = 3) -> Tensor:
+    """Return about the nearest orthogonal matrix: all singular values near 1, by Newton–Schulz iterations.
+
+    The quintic's coefficients are Muon's (https://kellerjordan.github.io/posts/muon/). In bfloat16 on a GPU.
+
+    Args:
+        matrix: (M, N), floating.
+        steps: Iterations.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x: Tensor = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = x / (x.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    if tall:
+        x = x.T
+    return x.to(matrix.dtype)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,7 @@ from lit_basics.data.order import EpochOrder, check_batch_size, generator, share
 from lit_basics.errors import UserError
 
 Transform = Callable[[Tensor], Tensor]
+Flip = bool | Literal["alternating"]
 
 
 class ImageArrays(NamedTuple):
@@ -39,7 +40,8 @@ class ArrayLoader:
         normalize: Applied to a gathered batch of images.
         transform: Applied to a gathered batch of images, before ``normalize``.
         crop: Largest random shift of each image, in pixels, filled in by reflection.
-        flip: Whether to mirror each image at random.
+        flip: Whether to mirror each image at random; ``alternating``: at random in the first epoch, and then the
+            other way in each next one.
         cutout: Side of a square of each image, at a random place, that is set to zero.
     """
 
@@ -56,13 +58,16 @@ class ArrayLoader:
         normalize: Normalize | None = None,
         transform: Transform | None = None,
         crop: int = 0,
-        flip: bool = False,
+        flip: Flip = False,
         cutout: int = 0,
     ) -> None:
         self.inputs, self.targets, self.sampler = inputs, targets, order
         self._indices = indices
         self._normalize, self._transform = normalize, transform
         self._crop, self._flip, self._cutout = crop, flip, cutout
+        if flip == "alternating":
+            draws = generator(order.seed, 0, 0, 1)  # as no batch of any epoch draws
+            self._first_flip = torch.randint(2, (len(inputs),), generator=draws).to(inputs.device)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -79,9 +84,9 @@ class ArrayLoader:
                 x = self._transform(x)
                 if self._normalize is not None and x.dtype != torch.uint8:
                     raise UserError(f"transform returns {x.dtype}; it must keep uint8: normalisation comes after it")
-            yield self._augmented(x, batch), self.targets.index_select(0, index)
+            yield self._augmented(x, batch, index), self.targets.index_select(0, index)
 
-    def _augmented(self, x: Tensor, batch: int) -> Tensor:
+    def _augmented(self, x: Tensor, batch: int, index: Tensor) -> Tensor:
         crop, cutout = self._crop, self._cutout
         if not (crop or self._flip or cutout):
             return x if self._normalize is None else self._normalize(x)
@@ -95,7 +100,10 @@ class ArrayLoader:
             return torch.randint(low, high + 1, (total,), generator=draws)[share].to(x.device)
 
         if crop or self._flip:
-            flip = draw(0, 1).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            if self._flip == "alternating":
+                flip = self._first_flip[index] != order.epoch % 2
+            else:
+                flip = draw(0, 1).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
             x = shift_and_flip(x, draw(-crop, crop), draw(-crop, crop), flip)
         if self._normalize is not None:
             x = self._normalize(x)
@@ -123,7 +131,8 @@ class ArrayDataModule(pl.LightningDataModule):
         mean: Mean of each channel of pixels in [0, 1]; of the training images by default.
         std: Standard deviation of each channel; of the training images by default.
         crop: Largest random shift of a training image, in pixels, filled in by reflection.
-        flip: Whether training images are mirrored at random.
+        flip: Whether training images are mirrored at random; ``alternating``: at random in the first epoch, and
+            then the other way in each next one (https://arxiv.org/abs/2404.00498).
         cutout: Side of a random square of each training image that is set to the mean colour.
         transform: A torchvision v2 transform, or any function, of uint8 training batches (N, C, H, W). One
             that draws at random is applied image by image, which is slower.
@@ -142,7 +151,7 @@ class ArrayDataModule(pl.LightningDataModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         crop: int = 0,
-        flip: bool = False,
+        flip: Flip = False,
         cutout: int = 0,
         transform: Transform | None = None,
         drop_last: bool = False,

@@ -1,0 +1,142 @@
+"""CIFAR-10 in minutes: the LightningModule of the recipe ``speed94``.
+
+The recipe is airbench94_muon's (K. Jordan, https://github.com/KellerJordan/cifar10-airbench) with smaller images in
+the first epochs. The data's part, alternating flips and shifts of two pixels, is the DataModule's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_basics.errors import UserError
+from lit_basics.modules import LitClassifier
+from lit_basics.nets import SpeedNet, patch_covariance
+from lit_basics.optim import LRSchedulerCallable, OptimizerCallable, SpeedOptimizer
+
+WHITENING_EPOCHS = 3
+"""Epochs in which the bias of the whitening convolution is trained."""
+
+
+class LitSpeedNet(LitClassifier):
+    """SpeedNet by :class:`~lit_basics.optim.SpeedOptimizer`, all learning rates falling linearly to 0.
+
+    It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), unless the
+    Trainer's precision is another; weights stay float32. Tested and predicted is with test-time augmentation:
+    the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
+
+    Args:
+        num_classes: Number of classes.
+        widths: Channels of the three blocks.
+        resolutions: Sides in pixels to which the images of each epoch are scaled down; the last holds for all
+            later epochs. Empty: the images as they are.
+        label_smoothing: As for ``nn.CrossEntropyLoss``.
+        optimizer: Makes the optimizer from :meth:`trained_parameters`.
+        lr_scheduler: Another scheduler, of ``lr_interval``.
+        **kwargs: As :class:`LitClassifier`.
+
+    Raises:
+        UserError: If a resolution is below 16.
+    """
+
+    net: SpeedNet
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        widths: tuple[int, int, int] = (64, 256, 256),
+        resolutions: Sequence[int] = (24, 24, 24, 28, 28, 28, 32),
+        label_smoothing: float = 0.2,
+        *,
+        optimizer: OptimizerCallable = SpeedOptimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "step",
+        **kwargs: Any,
+    ) -> None:
+        if min(resolutions, default=16) < 16:
+            raise UserError(f"resolutions are {list(resolutions)}; each must be at least 16 pixels")
+        super().__init__(
+            net=SpeedNet(num_classes, widths),
+            num_classes=num_classes,
+            criterion=nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler or self.falling_to_zero,
+            lr_interval=lr_interval,
+            **kwargs,
+        )
+        self.net.to(memory_format=torch.channels_last)
+        self.resolutions = list(resolutions)
+
+    def trained_parameters(self) -> list[dict[str, Any]]:
+        """Return the groups: the whitening's bias, the other biases, the head, the filters."""
+        net = self.net
+        rest = [(name, p) for name, p in net.named_parameters() if p.requires_grad and p is not net.whiten.bias]
+        return [
+            {"name": "whitening", "params": [net.whiten.bias]},
+            {"name": "biases", "params": [p for _, p in rest if p.ndim == 1]},
+            {"name": "head", "params": [p for _, p in rest if p.ndim == 2]},
+            {"name": "filters", "params": [p for _, p in rest if p.ndim == 4]},
+        ]
+
+    def falling_to_zero(self, optimizer: Optimizer) -> LambdaLR:
+        """Return the scheduler: to 0 at the end of training, for the whitening's bias after three epochs."""
+        steps = self.trainer.estimated_stepping_batches
+        early = steps * min(1.0, WHITENING_EPOCHS / (self.trainer.max_epochs or 1))
+
+        def linear(end: float) -> Any:
+            return lambda step: max(0.0, 1 - step / end)
+
+        ends = [early if group.get("name") == "whitening" else steps for group in optimizer.param_groups]
+        return LambdaLR(optimizer, [linear(end) for end in ends])
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of the batch at the epoch's resolution; the very first batch sets the whitening."""
+        x, y = batch
+        if self.trainer.global_step == 0 and not self.net.whitened:
+            covariance = patch_covariance(x)
+            self.net.whiten_(self.trainer.strategy.reduce(covariance, reduce_op="mean"))
+        if self.resolutions:
+            side = self.resolutions[min(self.current_epoch, len(self.resolutions) - 1)]
+            if side < x.shape[-1]:
+                x = interpolate(x, size=(side, side), mode="bilinear")
+        loss: Tensor = self.criterion(self(x), y)
+        return loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W), in the dtype of ``x``."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+            logits: Tensor = self.net(x)
+        return logits.to(x.dtype)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the test loss and metrics, with test-time augmentation."""
+        self._evaluate(batch, self.test_metrics, self.forward_augmented)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the predictions for a batch's inputs, with test-time augmentation."""
+        return self.forward_augmented(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def forward_augmented(self, x: Tensor) -> Tensor:
+        """Return the mean logits of six views of images ``x``."""
+
+        def mirrored(x: Tensor) -> Tensor:
+            logits: Tensor = (self(x) + self(x.flip(-1))) / 2
+            return logits
+
+        shifted = pad(x, (1, 1, 1, 1), mode="reflect")
+        return mirrored(x) / 2 + (mirrored(shifted[:, :, :-2, :-2]) + mirrored(shifted[:, :, 2:, 2:])) / 4
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16, so that it is faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.12
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
