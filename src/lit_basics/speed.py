@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.functional import interpolate, pad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -96,9 +96,12 @@ class LitSpeedNet(LitClassifier):
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the batch at the epoch's resolution; the very first batch sets the whitening."""
         x, y = batch
-        if self.trainer.global_step == 0 and not self.net.whitened:
+        if self.global_step == 0 and not self.net.whitened:
             covariance = patch_covariance(x)
-            self.net.whiten_(self.trainer.strategy.reduce(covariance, reduce_op="mean"))
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(covariance)
+                covariance /= distributed.get_world_size()
+            self.net.whiten_(covariance)
         if self.resolutions:
             side = self.resolutions[min(self.current_epoch, len(self.resolutions) - 1)]
             if side < x.shape[-1]:

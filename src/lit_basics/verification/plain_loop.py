@@ -1,8 +1,10 @@
 """The loop that a tutorial would write, over any LightningModule: no Trainer."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -35,6 +37,8 @@ def plain_loop(
     batches: int | float,
     precision: str,
     accumulate: int,
+    max_epochs: int,
+    max_steps: int,
     clip: float | None,
     clip_algorithm: str,
     before_batch: Callable[[int, Any], None],
@@ -51,6 +55,8 @@ def plain_loop(
         batches: Batches of an epoch, as ``limit_train_batches``.
         precision: One of :data:`PRECISIONS`.
         accumulate: Batches of a step.
+        max_epochs: The Trainer's, which ``configure_optimizers`` may ask for.
+        max_steps: The Trainer's, likewise; -1 for none.
         clip: Largest norm or value of the gradients, if they are clipped.
         clip_algorithm: "norm" or "value".
         before_batch: Called with the number of the batch in the run, from 0, and the batch.
@@ -73,7 +79,12 @@ def plain_loop(
     loader = source if len(CombinedLoader(source).flattened) == 1 else CombinedLoader(source, "max_size_cycle")
     dtype = DTYPES.get(precision)
     module.to(dtype)
+    length = sized_len(loader)
+    if length is not None:
+        length = min(length, batches) if isinstance(batches, int) else int(length * batches)
+        module.trainer = Plan(length, accumulate, max_epochs, max_steps)  # type: ignore[assignment]
     optimizers, schedulers = optimizers_of(module)
+    module.trainer = None
     step_of: Callable[..., Any] = module.compute_loss if ours else module.training_step  # type: ignore[assignment]
     parameters = inspect.signature(step_of).parameters
     if "dataloader_iter" in parameters:
@@ -127,6 +138,22 @@ def plain_loop(
         update(schedulers, "epoch", epoch)
         epoch += 1
         counters["current_epoch"] = epoch
+
+
+@dataclass
+class Plan:
+    """The length of the training, all that ``configure_optimizers`` can ask of a Trainer before it begins."""
+
+    num_training_batches: int
+    accumulate_grad_batches: int
+    max_epochs: int
+    max_steps: int
+
+    @property
+    def estimated_stepping_batches(self) -> int:
+        """Return the optimizer steps of the training."""
+        steps = self.max_epochs * math.ceil(self.num_training_batches / self.accumulate_grad_batches)
+        return min(steps, self.max_steps) if self.max_steps >= 0 else steps
 
 
 @contextmanager

@@ -188,6 +188,8 @@ class Subject:
             batches=self.limit(self.steps),
             precision=str(trainer.precision),
             accumulate=trainer.accumulate_grad_batches,
+            max_epochs=trainer.max_epochs or -1,
+            max_steps=trainer.max_steps,
             clip=trainer.gradient_clip_val,
             clip_algorithm=trainer.gradient_clip_algorithm or "norm",
             before_batch=before_batch,
