@@ -54,6 +54,7 @@ def plain_loop(recipe: str, path: str, seed: int, exact: bool) -> tuple[float, l
     model = net(recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     order = EpochOrder(len(x), batch, shuffle=True, seed=seed)
+    torch.backends.mkldnn.enabled = recipe != "blitz"  # as the recipe's ProcessSettings
     for _ in range(epochs):
         for index in (i for _, i in order) if exact else torch.randperm(len(x)).split(batch):
             optimizer.zero_grad()

@@ -9,7 +9,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,16 @@ def end() -> None:
         "clock": "processor" if CPU_TIME in os.environ else "wall",
     }
     print(json.dumps({"figures": FIGURES, **versions, **machine}))
+
+
+@contextlib.contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    """Let oneDNN compute convolutions, or not."""
+    torch.backends.mkldnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True
 
 
 class Clock(pl.Callback):

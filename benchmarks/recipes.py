@@ -10,7 +10,7 @@ what ``fit`` does at its end.
 from typing import NamedTuple
 
 import torch
-from common import begin, by_command, end, figure, in_turns, now, ratios
+from common import begin, by_command, end, figure, in_turns, now, onednn, ratios
 from torch import Tensor, nn
 
 from lit_basics import BlitzNet, ConvNet3, EpochOrder, LeNet5, SyntheticCIFAR10
@@ -29,10 +29,12 @@ class Settings(NamedTuple):
     """Steps that are measured."""
     words: tuple[str, ...] = ()
     """The recipe's overlays."""
+    onednn: bool = True
+    """As the recipe's ProcessSettings."""
 
 
 RECIPES = {
-    "blitz": Settings(BlitzNet, 4, 0.001, 0.9, 0.5, 0.5, 1500),
+    "blitz": Settings(BlitzNet, 4, 0.001, 0.9, 0.5, 0.5, 1500, onednn=False),
     "lenet5": Settings(LeNet5, 64, 0.01, 0.9, 0.5, 0.5, 300),
     "convnet3": Settings(ConvNet3, 64, 0.01, 0.0, 0.0, 1.0, 60, ("--config", "long")),
 }
@@ -69,7 +71,8 @@ def compare(recipe: str, steps: int, rounds: int) -> None:
         return seconds * EPOCH / batch
 
     def loop() -> float:
-        seconds, weights["loop"] = by_hand(RECIPES[recipe], steps)
+        with onednn(RECIPES[recipe].onednn):
+            seconds, weights["loop"] = by_hand(RECIPES[recipe], steps)
         return seconds * EPOCH / batch
 
     times = in_turns({"recipe": fit, "loop": loop}, rounds)

@@ -6,7 +6,6 @@ Every variant sees the same images in the same order from the same weights. The 
 step 20 to the end of ``fit``, checkpoints, rows and closing included.
 """
 
-import inspect
 import json
 import tempfile
 from collections.abc import Iterable
@@ -15,16 +14,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import begin, by_command, end, figure, in_turns, now, ratios, seconds_a_step
+from common import begin, by_command, end, figure, in_turns, now, onednn, ratios, seconds_a_step
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lit_basics import ArrayLoader, BlitzNet, EpochOrder, Line, LitSupervised, SyntheticCIFAR10
+from lit_basics import ArrayLoader, BlitzNet, EpochOrder, Line, SyntheticCIFAR10
 
 BATCH = 4
-HAS_K = "steps_per_execution" in inspect.signature(LitSupervised.__init__).parameters
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -116,8 +114,12 @@ def system_c(steps: int, rounds: int, k: int, cpu_time: bool) -> None:
         weights[name] = list(model.parameters())
         return seconds
 
-    def tensors() -> float:
-        return by_hand(net(), nn.CrossEntropyLoss(), 0.9, data.train_dataloader(), item=False)
+    def tensors(name: str, enabled: bool) -> float:
+        model = net()
+        with onednn(enabled):
+            seconds = by_hand(model, nn.CrossEntropyLoss(), 0.9, data.train_dataloader(), item=False)
+        weights[name] = list(model.parameters())
+        return seconds
 
     def lightning() -> float:
         loader = DataLoader(Images(x, y), batch_size=BATCH, sampler=order)
@@ -130,24 +132,24 @@ def system_c(steps: int, rounds: int, k: int, cpu_time: bool) -> None:
 
     variants = {
         "tutorial": partial(tutorial, "tutorial", 0),
-        "tensor loop": tensors,
+        "tensor loop": partial(tensors, "tensor loop", True),
+        "tensor loop, without oneDNN": partial(tensors, "tensor loop, without oneDNN", False),
         "Lightning": lightning,
-        "K=1": partial(ours, "K=1", *["--model.steps_per_execution=1"] * HAS_K),
+        "K=1": partial(ours, "K=1", "--model.steps_per_execution=1"),
+        f"K={k}": partial(ours, f"K={k}", f"--model.steps_per_execution={k}"),
     }
     if not cpu_time:  # which leaves out that of the workers
         variants["tutorial, 2 workers"] = partial(tutorial, "tutorial, 2 workers", 2)
-    if HAS_K:
-        variants[f"K={k}"] = partial(ours, f"K={k}", f"--model.steps_per_execution={k}")
     times = in_turns(variants, rounds)
     for name, values in times.items():
         figure(f"system C, {name}", [1e6 * value for value in values], unit=" µs a step")
     figure("1. system C, plain Lightning ÷ tutorial", ratios(times, "Lightning", "tutorial"))
     figure("1. system C, tensor loop ÷ tutorial", ratios(times, "tensor loop", "tutorial"))
     figure("1. system C, everything on, K=1 ÷ tutorial", ratios(times, "K=1", "tutorial"), 1.0)
-    if HAS_K:
-        figure(f"1. system C, everything on, K={k} ÷ tutorial", ratios(times, f"K={k}", "tutorial"), 0.7)
-    equal = {name: all(map(torch.equal, values, weights["tutorial"])) for name, values in weights.items()}
-    print(f"final weights equal to the tutorial's: {json.dumps(equal)}")
+    figure(f"1. system C, everything on, K={k} ÷ tutorial", ratios(times, f"K={k}", "tutorial"), 0.7)
+    for one, other in (("tensor loop", "tutorial"), *((n, "tensor loop, without oneDNN") for n in ("K=1", f"K={k}"))):
+        equal = all(map(torch.equal, weights[one], weights[other]))
+        print(f"final weights of {one} and {other}: {'equal' if equal else 'DIFFERENT'}")
 
 
 def null_model(steps: int, rounds: int, k: int) -> None:
@@ -167,29 +169,32 @@ def null_model(steps: int, rounds: int, k: int) -> None:
         "K=1": ours,
     }
     many = 4 * k
-    if HAS_K:
-        variants[f"K={many}"] = partial(ours, f"--model.steps_per_execution={many}")
+    variants[f"K={many}"] = partial(ours, f"--model.steps_per_execution={many}")
     times = in_turns(variants, rounds)
     for name, values in times.items():
         figure(f"null model, {name}", [1e6 * value for value in values], unit=" µs a step")
     over = {name: [a - b for a, b in zip(times[name], times["plain loop"], strict=True)] for name in times}
     figure("2. null model, (ours - plain) ÷ (Lightning - plain), K=1", ratios(over, "K=1", "Lightning"), 1 / 3)
-    if HAS_K:
-        name = f"K={many}"
-        figure(f"2. null model, (ours - plain) ÷ (Lightning - plain), {name}", ratios(over, name, "Lightning"), 1 / 20)
+    name = f"K={many}"
+    figure(f"2. null model, (ours - plain) ÷ (Lightning - plain), {name}", ratios(over, name, "Lightning"), 1 / 20)
 
 
 def gradient_norms(steps: int, rounds: int) -> None:
     """Ratio 3: all norms at every step ÷ none; with the guard that looks at gradients too, and without."""
     data = ["--data", "SyntheticCIFAR10", f"--data.train_images={steps * BATCH}", "--data.test_images=10"]
     words = ["--config", "blitz", *data, "--trainer.max_epochs=1"]
-    off = '--trainer.callbacks=[{"class_path": "LossReport", "init_args": {"every_n_steps": 2000}}]'
+    off = json.dumps(
+        [
+            {"class_path": "LossReport", "init_args": {"every_n_steps": 2000}},
+            {"class_path": "ProcessSettings", "init_args": {"onednn": False}},
+        ]
+    )
     bare = "--non_finite_guard=false"
     variants = {
         "on": lambda: by_command(words)[0],
-        "off": lambda: by_command([*words, off])[0],
+        "off": lambda: by_command([*words, f"--trainer.callbacks={off}"])[0],
         "on, no guard": lambda: by_command([*words, bare])[0],
-        "off, no guard": lambda: by_command([*words, off, bare])[0],
+        "off, no guard": lambda: by_command([*words, f"--trainer.callbacks={off}", bare])[0],
     }
     times = in_turns(variants, rounds)
     figure("3. gradient norms on ÷ off", ratios(times, "on", "off"), 1.02)

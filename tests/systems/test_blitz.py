@@ -9,7 +9,8 @@ from torch import nn
 from torchvision import transforms
 
 STEPS = 500
-SEVERAL = ["--model.steps_per_execution", "8"]
+ONE = ["--model.steps_per_execution", "1"]
+DEFAULTS = ["--trainer.callbacks", "[{class_path: GradientMonitor}]"]
 
 
 class Net(nn.Module):
@@ -55,11 +56,16 @@ def tutorial(path, initial, size):
     return losses, weights
 
 
-@pytest.mark.parametrize("overlay", [[], ["--config", "manual"], SEVERAL], ids=["automatic", "manual", "eight steps"])
-def test_recipe_equals_the_tutorials_loop(overlay, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "onednn"),
+    [([], False), (ONE, False), ([*ONE, "--config", "manual"], False), (DEFAULTS, True)],
+    ids=["eight steps", "automatic", "manual", "at torch's defaults"],
+)
+def test_recipe_equals_the_tutorials_loop(words, onednn, tmp_path, monkeypatch):
     path = write_npz(tmp_path / "images.npz", train=1000)
     data = ["--data", "NpzDataModule", "--data.path", path]
-    _, weights, trainer = train("--config", "blitz", *overlay, *data, "--trainer.max_epochs", "2")
+    _, weights, trainer = train("--config", "blitz", *words, *data, "--trainer.max_epochs", "2")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
     losses, after = tutorial(path, weights.before, 1000)
     assert_same_steps(weights.after, after, STEPS)
     epoch_mean = trainer.callback_metrics["train/loss"].item()
