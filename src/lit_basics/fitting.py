@@ -159,10 +159,10 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
             callbacks += [last, Preemption(last)]
         arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     callbacks += [RandomState(), _RunFiles(config, directory)]
+    if config.optimizer_arguments:
+        callbacks.insert(0, OptimizerArguments(config.optimizer_arguments))  # may refuse: before files are written
     if config.resumed:
         callbacks.insert(0, ResumedData(config.config.resume_reset))
-    if config.optimizer_arguments:
-        callbacks.append(OptimizerArguments(config.optimizer_arguments))
     arguments["callbacks"] = callbacks
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
     try:
