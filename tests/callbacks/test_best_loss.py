@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, SyntheticCIFAR10
 from lit_basics.callbacks import last
+from lit_basics.cli import main
 
 
 def trainer(*callbacks, **settings):
@@ -104,6 +105,15 @@ def test_where_neither_loss_is_logged_it_says_so_once_and_stays_off(settings, tm
     assert len([warning for warning in caught if "BestLossCheckpoint" in str(warning.message)]) == 1
     assert fitted.current_epoch == 4
     assert list(tmp_path.iterdir()) == []
+
+
+def test_by_command_such_a_run_has_its_last_checkpoint(capsys):
+    with pytest.warns(UserWarning, match="BestLossCheckpoint keeps nothing"):
+        run = fit("--model", "lightning.pytorch.demos.boring_classes.BoringModel", "--trainer.max_epochs", "1")
+    assert "best checkpoint" not in capsys.readouterr().out
+    assert main(["predict", "--run_dir", str(run)]) == 2
+    assert "best.ckpt; --ckpt_path last takes the newest" in capsys.readouterr().err
+    assert main(["predict", "--run_dir", str(run), "--ckpt_path", "last"]) == 0
 
 
 def test_where_nothing_is_logged_it_stays_off(tmp_path):
