@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lit_basics import UserError
+from lit_basics.checkpoint_io import load_checked
 from lit_basics.cli import main
 
 SMALL = (
@@ -460,6 +463,19 @@ def test_checkpoints(refused, trained, tmp_path, command, kind, fragments):
     refused([command, "--model", model, *SMALL, "--ckpt_path", "my.ckpt"], "my.ckpt", *fragments)
 
 
+def test_a_damaged_checkpoint_gives_the_terminal_no_orders(refused, tmp_path):
+    """Without ``printable`` the file's name for a part clears the screen."""
+    with zipfile.ZipFile(tmp_path / "my.ckpt", "w") as archive:
+        archive.writestr("part\x1b[2J\u202e", b"hello")
+    path = tmp_path / "my.ckpt"
+    path.write_bytes(path.read_bytes().replace(b"hello", b"jello"))
+    message = refused([*QUICK, *SMALL, "--ckpt_path", path], "damaged", r"part\x1b[2J\u202e is wrong")
+    assert message.rstrip("\n").isprintable()
+    with pytest.raises(UserError, match="is wrong") as caught:  # and where no command line prints it
+        load_checked(path)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", ["best", "last", "other"])
 def test_fit_from_a_checkpoint_that_has_no_run(refused, name):
     refused([*QUICK, *SMALL, "--ckpt_path", name], "--ckpt_path" if name != "other" else "other")
@@ -469,6 +485,52 @@ def test_nothing_to_validate_on(refused, trained):
     checkpoint = trained / "checkpoints" / "best.ckpt"
     words = ["validate", "--config", "quickstart", *SMALL, "--data.val_size", "0"]
     refused([*words, "--ckpt_path", checkpoint], "nothing to validate on")
+
+
+HPARAMS = """
+from pathlib import Path
+from lit_basics import LitLeNet5, SyntheticCIFAR10
+
+class Net(LitLeNet5):
+    def __init__(self, value="Path('here')", **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters({"root": eval(value)})
+
+class Data(SyntheticCIFAR10):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters({"roots": [Path("here")]})
+"""
+
+
+@pytest.fixture
+def my_hparams(tmp_path, monkeypatch):
+    (tmp_path / "my_hparams.py").write_text(HPARAMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield
+    sys.modules.pop("my_hparams", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        ([], ["Net saves the hyper-parameter root, a PosixPath", "save_hyperparameters(ignore=['root'])"]),
+        (["--model.value", "len"], ["Net saves the hyper-parameter root, a builtin_function_or_method"]),
+        (["--model", "LitLeNet5", "--data", "my_hparams.Data"], ["Data saves the hyper-parameter roots, a list"]),
+    ],
+)
+def test_hyperparameters_that_no_checkpoint_can_hold(refused, my_hparams, words, fragments):
+    """Without ``check_hyperparameters`` it trains, and no ``--resume`` takes what it saved."""
+    refused(["fit", "--model", "my_hparams.Net", *SMALL, *words], *fragments)
+
+
+def test_hyperparameters_that_a_checkpoint_can_hold(my_hparams, capsys):
+    words = ["fit", "--model", "my_hparams.Net", *SMALL, "--run_dir", "run", "--model.value"]
+    assert main([*words, "dict(a=[1, 'x', None, (2.5, True)])"]) == 0
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 0
+    no_checkpoints = ["--run_dir", "other", "--trainer.enable_checkpointing", "false"]
+    assert main([*words, "Path('here')", *no_checkpoints]) == 0, "nothing to resume from"
 
 
 # as a program

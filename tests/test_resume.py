@@ -1,6 +1,7 @@
 """A resumed run ends with the weights, the optimizer, the random state and the rows of one that never stopped."""
 
 import random
+import sys
 
 import lightning.pytorch as pl
 import numpy as np
@@ -172,6 +173,47 @@ def test_a_new_learning_rate_wins_over_the_checkpoint(tmp_path, capsys):
     assert {row["lr"] for step, row in table.items() if step <= 8 and "lr" in row} == {0.03}
     assert {row["lr"] for step, row in table.items() if step > 8 and "lr" in row} == {0.001}
     assert "resuming with model.optimizer.lr 0.001 (was 0.03)" in capsys.readouterr().out
+
+
+SCHEDULED = """
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CyclicLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
+from lit_basics import LitLinearRegression
+
+def scheduler(o):
+    return {}
+
+class Scheduled(LitLinearRegression):
+    def __init__(self, **kwargs):
+        super().__init__(lr_scheduler=scheduler, **kwargs)
+"""
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "SequentialLR(o, [ConstantLR(o, 0.1, 2), StepLR(o, 3)], [2])",
+        "ChainedScheduler([LambdaLR(o, lambda n: 0.9**n), StepLR(o, 3)])",
+        "OneCycleLR(o, 0.1, 50)",
+        "CyclicLR(o, 0.1, 0.2)",
+    ],
+)
+def test_a_new_learning_rate_that_a_scheduler_would_undo_is_refused(scheduler, tmp_path, monkeypatch, capsys):
+    """Without ``OWN_RATES`` the run ends with 0 at the old rate; written after _RunFiles, config.yaml is changed."""
+    (tmp_path / "scheduled.py").write_text(SCHEDULED.format(scheduler))
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ("--model", "scheduled.Scheduled", "--model.optimizer", "SGD", "--model.optimizer.lr", "0.05")
+    try:
+        run = fit(*model, "--model.lr_interval", "step", "--data", "LinearDataModule", "--trainer.max_epochs", "3")
+        before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        resume = ["fit", "--resume", "run", "--trainer.max_epochs", "6"]
+        assert main([*resume, "--model.optimizer.lr", "0.01"]) == 2
+        message = capsys.readouterr().err
+        assert f"{scheduler.partition('(')[0]} keeps learning rates of its own" in message
+        assert "so lr cannot be 0.01 on a resume: resume without it, or start a new run with it" in message
+        assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        assert main(resume) == 0
+    finally:
+        sys.modules.pop("scheduled", None)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
 """``verify`` passes what is exact, and finds the faults of what is not, with their causes."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import (
     BoringDataModule,
     BoringDataModuleNoLen,
@@ -24,6 +30,7 @@ from lit_basics import (
     LitClassifier,
     LitLeNet5,
     RandomState,
+    ResumableDataLoader,
     SyntheticCIFAR10,
     UserError,
     verify,
@@ -192,6 +199,114 @@ def test_a_module_that_needs_a_trainer_has_no_plain_loop():
     line = NeedsTrainer.training_step.__code__.co_firstlineno + 1
     assert f"it needs a Trainer: RuntimeError at test_verification.py:{line}" in report["loop"].text
     assert "Plain has one mode" in report["manual"].text.replace("NeedsTrainer", "Plain")
+
+
+class ByEpoch(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
+
+
+def test_a_module_that_reads_its_epoch_has_a_plain_loop():
+    """Without ``counting`` the loop is at epoch 0 throughout, and the weights differ from step 3 on."""
+    report = verify(ByEpoch(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class Drawing(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * random.random()
+
+
+def test_draws_of_pythons_own_generator_are_resumed():
+    """Without ``random.setstate`` in forks.py each run draws other numbers."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(Drawing(), data, checks=["resume"], steps=4, **EXACT)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
+    settings = {**EXACT, "callbacks": []}
+    report = verify(Drawing(), data, checks=["resume"], steps=4, **settings)
+    assert "the random state is not in the checkpoint" in report["resume"].text
+
+
+class Saving(Plain):
+    def configure_callbacks(self):
+        return [ModelCheckpoint(), ModelCheckpoint("here", save_last=True)]
+
+
+def test_a_checkpoint_callback_of_the_module_writes_nothing(tmp_path):
+    """Without ``without_checkpoints`` around ``configure_callbacks`` there is a folder ``here``."""
+    report = verify(Saving(samples=64), loader(shuffle=False), checks=["loop", "resume", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed", "resume": "failed", "ddp": "passed"}, str(report)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Plateau(Plain):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+def test_what_follows_a_validation_has_no_plain_loop_and_no_ranks():
+    """Without ``bare`` in ``_ddp_updates`` the second row is a failure; without ``exist_ok`` it names a folder."""
+    report = verify(Plateau(samples=64), loader(shuffle=True), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable", "ddp": "not applicable"}, str(report)
+    for verdict in report.verdicts:
+        assert "without validation and callbacks it cannot train: MisconfigurationException" in verdict.text
+        assert "val_loss" in verdict.text
+
+
+class Padded(Plain):
+    """Takes sequences of any length."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.criterion(self.net(x.mean(1)), y)
+
+
+def padded(samples):
+    """Pad to the longest of the batch, which no two ranks share."""
+    longest = 1 + max(int(length) for _, _, length in samples)
+    return torch.stack([x.expand(longest, -1) for x, _, _ in samples]), torch.stack([y for _, y, _ in samples])
+
+
+def test_batches_of_other_lengths_on_each_rank_cannot_be_compared():
+    """Without the ``except`` around ``joined`` that is a traceback."""
+    x, y = loader(shuffle=False).dataset.tensors
+    data = DataLoader(TensorDataset(x, y, torch.arange(48)), batch_size=8, collate_fn=padded)
+    report = verify(Padded(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "the ranks' batches cannot be put together into one: Sizes of tensors must match" in report["ddp"].text
+
+
+def test_ranks_that_train_on_the_same_batches_fail():
+    """Without the comparison of the ranks' first batches only the validation is blamed: equal gradients agree."""
+    settings = {**EXACT, "use_distributed_sampler": False}
+    report = verify(Plain(samples=64), loader(shuffle=False), checks=["ddp"], **settings)
+    assert outcomes(report) == {"ddp": "failed"}
+    assert "both ranks train on the same batches: share the samples out by rank" in report["ddp"].text
+
+
+def test_sigterm_leaves_no_folder_and_no_process(tmp_path):
+    """Without ``ending_on_sigterm`` the folder stays."""
+    words = ["--config", "quickstart", "--data.train_images", "60", "--checks", "resume", "--steps", "300"]
+    command = [sys.executable, "-m", "lit_basics", "verify", *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, **quiet)
+    try:
+        until(lambda: any(tmp_path.glob("lit_basics_verify_*/reference/*.pt")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
+    assert not list(tmp_path.glob("lit_basics_verify_*"))
+    until(lambda: subprocess.run(["pgrep", "-g", str(process.pid)], stdout=subprocess.DEVNULL).returncode == 1)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 class Torn(DurableCheckpointIO):

@@ -23,7 +23,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, printable
 from lit_basics.files import replace_file, sync_folder
 
 VERSION = "lit_basics_version"
@@ -227,7 +227,7 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             checkpoint = _load(file, known_digests(path), map_location)
         except Exception as error:  # torch.load raises many kinds
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reasons.append(f"{file} is damaged or not a checkpoint: {reason[:150]}")
+            reasons.append(f"{file} is damaged or not a checkpoint: {printable(reason)[:150]}")
         else:
             check_versions(checkpoint, file)
             if reasons:

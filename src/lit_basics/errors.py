@@ -29,6 +29,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; there is {', '.join(names)}" if 0 < len(names) <= MANY else ""
 
 
+def printable(text: str) -> str:
+    r"""Return a message in which codes that a terminal would obey are shown instead: a file may have brought them.
+
+    >>> print(printable("archive/\x1b[2J"))
+    archive/\x1b[2J
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def root_cause(error: BaseException) -> BaseException:
     """Return the exception that the others were raised from."""
     while error.__cause__ is not None:

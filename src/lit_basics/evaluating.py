@@ -68,5 +68,7 @@ def checkpoint_path(chosen: str | None, directory: str | None) -> Path:
     else:
         path = Path(str(chosen))
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        last = path.name == "best.ckpt" and path.with_name("last.ckpt").is_file()
+        other = "; --ckpt_path last takes the newest" if last else ""
+        raise UserError(f"there is no checkpoint {path}{other}")
     return path

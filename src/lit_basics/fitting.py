@@ -1,6 +1,7 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
 import contextlib
+import io
 import signal
 import sys
 import traceback
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -161,10 +163,10 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
             callbacks += [last, Preemption(last)]
         arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     callbacks += [RandomState(), _RunFiles(config, directory)]
+    if config.optimizer_arguments:
+        callbacks.insert(0, OptimizerArguments(config.optimizer_arguments))  # may refuse: before files are written
     if config.resumed:
         callbacks.insert(0, ResumedData(config.config.resume_reset))
-    if config.optimizer_arguments:
-        callbacks.append(OptimizerArguments(config.optimizer_arguments))
     arguments["callbacks"] = callbacks
     arguments["profiler"] = arguments["profiler"] or _NoProfiler()
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
@@ -199,6 +201,26 @@ class _NoProfiler(PassThroughProfiler):
         return self._nothing
 
 
+def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) -> None:
+    """Refuse what would make every checkpoint of the run one that cannot be loaded, since loads run no code.
+
+    Raises:
+        UserError: If a hyper-parameter is such.
+    """
+    for name, value in owner.hparams.items():
+        buffer = io.BytesIO()
+        try:
+            torch.save(value, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception as error:  # pickle and torch raise many kinds
+            raise UserError(
+                f"{type(owner).__name__} saves the hyper-parameter {name}, a {type(value).__name__}, and no run could "
+                "go on from a checkpoint with it (numbers, text and tensors are loaded, in lists and dicts too): "
+                f"save_hyperparameters(ignore=[{name!r}]), or save its str()"
+            ) from error
+
+
 class _RunFiles(pl.Callback):
     """Writes the configuration when training starts, and the last rows when it fails."""
 
@@ -206,6 +228,10 @@ class _RunFiles(pl.Callback):
         self.config, self.directory = config, directory
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.checkpoint_callbacks:
+            check_hyperparameters(pl_module)
+            if self.config.datamodule is not None:
+                check_hyperparameters(self.config.datamodule)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.cut_back(trainer.global_step)

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, OneCycleLR, SequentialLR
 
 from lit_basics.checkpoint_io import is_whole, load_checked
 from lit_basics.data.order import check_same_data
@@ -20,6 +20,8 @@ PATHS = ("data.init_args.path", "data.init_args.data_dir", "data.init_args.mirro
 OPTIMIZER = "model.init_args.optimizer.init_args."
 RESTORED = ("model.init_args.optimizer.", "model.init_args.lr_", "model.init_args.automatic_optimization")
 """What the checkpoint's state belongs to, so that no other can take it."""
+OWN_RATES = (OneCycleLR, CyclicLR, SequentialLR, ChainedScheduler)
+"""Schedulers that would undo another ``lr``."""
 
 
 def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] | None:
@@ -164,13 +166,16 @@ class OptimizerArguments(pl.Callback):
         """Write the arguments into the groups and the schedulers.
 
         Raises:
-            UserError: If ``lr`` is to change under a scheduler that sets it by itself.
+            UserError: If ``lr`` is to change under a scheduler that would undo it.
         """
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if "lr" in self.arguments:
             for scheduler in schedulers:
-                if isinstance(scheduler, (OneCycleLR, CyclicLR)):
-                    raise UserError(f"{type(scheduler).__name__} sets the learning rate itself: lr cannot be changed")
+                if isinstance(scheduler, OWN_RATES):
+                    raise UserError(
+                        f"{type(scheduler).__name__} keeps learning rates of its own, so lr cannot be "
+                        f"{self.arguments['lr']} on a resume: resume without it, or start a new run with it"
+                    )
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             for name, value in self.arguments.items():
                 if name == "lr" and "initial_lr" in group:

@@ -6,10 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import fit, metrics
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, SyntheticCIFAR10
 from lit_basics.callbacks import last
+from lit_basics.cli import main
 
 
 def trainer(*callbacks, **settings):
@@ -68,6 +70,77 @@ def test_in_a_foreign_project_it_saves_the_module(tmp_path):
     bare = nn.ModuleDict({"layer": nn.Linear(2, 1)})
     bare.load_state_dict(torch.load(tmp_path / "best.pth", weights_only=True))
     assert torch.equal(bare["layer"].weight, module.layer.weight)
+
+
+class Otherwise(pl.LightningModule):
+    """Logs its losses under names of its own."""
+
+    def __init__(self, val_key="val_loss", train_key="train_loss"):
+        super().__init__()
+        self.layer, self.val_key, self.train_key = nn.Linear(3072, 10), val_key, train_key
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if self.train_key:
+            self.log(self.train_key, loss, on_step=False, on_epoch=True, batch_size=16)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log(self.val_key, self.loss(batch), batch_size=16)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}])
+def test_where_neither_loss_is_logged_it_says_so_once_and_stays_off(settings, tmp_path):
+    """Without ``_off`` Lightning's ModelCheckpoint ends the run."""
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best, max_epochs=4, **settings)
+    with pytest.warns(UserWarning, match="it logs train_loss, val_loss; monitor= takes another key") as caught:
+        fitted.fit(Otherwise(), datamodule=data(val_size=16))
+    assert len([warning for warning in caught if "BestLossCheckpoint" in str(warning.message)]) == 1
+    assert fitted.current_epoch == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_by_command_such_a_run_has_its_last_checkpoint(capsys):
+    with pytest.warns(UserWarning, match="BestLossCheckpoint keeps nothing"):
+        run = fit("--model", "lightning.pytorch.demos.boring_classes.BoringModel", "--trainer.max_epochs", "1")
+    assert "best checkpoint" not in capsys.readouterr().out
+    assert main(["predict", "--run_dir", str(run)]) == 2
+    assert "best.ckpt; --ckpt_path last takes the newest" in capsys.readouterr().err
+    assert main(["predict", "--run_dir", str(run), "--ckpt_path", "last"]) == 0
+
+
+def test_where_nothing_is_logged_it_stays_off(tmp_path):
+    with pytest.warns(UserWarning, match="it logs nothing"):
+        trainer(BestLossCheckpoint(str(tmp_path))).fit(Otherwise(train_key=None), datamodule=data(val_size=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_only_the_training_loss_is_logged_it_is_monitored(tmp_path):
+    best = BestLossCheckpoint(str(tmp_path))
+    trainer(best).fit(Otherwise(train_key="train/loss"), datamodule=data(val_size=16))
+    assert best.monitor == "train/loss"
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+def test_a_monitor_of_ones_own_that_is_not_logged_is_an_error(tmp_path):
+    with pytest.raises(MisconfigurationException, match="val_los"):
+        trainer(BestLossCheckpoint(str(tmp_path), monitor="val_los")).fit(Otherwise(), datamodule=data(val_size=16))
+
+
+def test_validation_that_comes_later_is_waited_for(tmp_path):
+    """Without the look at ``check_val_every_n_epoch`` the first epoch's end makes ``train/loss`` the monitor."""
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best, max_epochs=4, check_val_every_n_epoch=2)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
+    assert best.monitor == "val/loss"
+    assert best.best_model_score.item() <= fitted.callback_metrics["val/loss"].item()
 
 
 def test_the_record_goes_on_in_another_directory(tmp_path):

@@ -232,7 +232,7 @@ def stops(kind, case, batch, folder, every=1):
     step = batch // accumulate + 1
     if kind == "buffer":  # found by the save after the batch
         completed = (batch + 1) // accumulate
-        when = f"after step {completed}" if completed else "before the first step"
+        when = f"after step {completed}" if completed else f"after batch {batch + 1}"
         assert error == f"net.1.running_mean is not finite {when}"
     else:
         pattern = re.escape(EXPECTED[kind].format(step)).replace(r"\{\}", r"[\d.e-]+")
@@ -513,6 +513,15 @@ def test_weights_that_are_not_finite_before_the_first_step_stop():
     module.net[0].bias.data[2] = math.nan
     with pytest.raises(NonFiniteError, match=r"net.0.bias is not finite before the first step"):
         trainer(NonFiniteGuard("rollback")).fit(module, batches())
+
+
+@pytest.mark.parametrize(("batch", "when"), [(0, "after batch 1"), (1, "after batch 2"), (2, "after step 1")])
+def test_what_breaks_before_a_step_is_complete_is_told_by_batches(batch, when, tmp_path):
+    """Without the count of batches the message says "before the first step"."""
+    saves = SaveEverywhere(tmp_path)
+    fitted = trainer(NonFiniteGuard(), saves, enable_checkpointing=True, accumulate_grad_batches=3)
+    with pytest.raises(NonFiniteError, match=rf"^net.1.running_mean is not finite {when}$"):
+        fitted.fit(Faulty("buffer", {batch}), batches())
 
 
 def test_a_mask_of_infinities_is_left_alone(tmp_path):

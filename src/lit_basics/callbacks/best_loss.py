@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_basics.callbacks.last import MIN_SECONDS
@@ -29,7 +30,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
         weights_path: The file of the plain weights; ``best.pth`` in ``dirpath`` by default.
         monitor: Key of the loss: by default ``val/loss`` where there are validation batches, else
-            ``train/loss``.
+            ``train/loss``. Where neither is logged, one warning says what is, and nothing is kept.
     """
 
     def __init__(self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None) -> None:
@@ -47,6 +48,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._held: dict[str, Tensor] | None = None
         self._written_at = float("-inf")
         self._saving = False
+        self._missed = False  # a validation came without val/loss
+        self._off = False
 
     @property
     def state_key(self) -> str:
@@ -65,6 +68,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         if self._chosen_monitor is None:
             validated = trainer.enable_validation and sum(trainer.num_val_batches) > 0
             self.monitor = "val/loss" if validated else "train/loss"
+        self._missed = self._off = False
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Return whether ``current`` is finite and lower than the best."""
@@ -72,6 +76,9 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the validation's loss is the lowest."""
+        if self._off or (self._chosen_monitor is None and self.monitor not in trainer.callback_metrics):
+            self._missed = not trainer.sanity_checking  # the epoch's mean of train/loss may still come
+            return
         before, self._saving = self.best_model_score, True
         super().on_validation_end(trainer, pl_module)
         self._saving = False
@@ -79,8 +86,19 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
-        if self._chosen_monitor is None and self.monitor not in trainer.callback_metrics:
-            self.monitor = "train/loss"  # max_steps came before the first validation
+        if self._chosen_monitor is None and self.monitor not in trainer.callback_metrics and not self._off:
+            every = trainer.check_val_every_n_epoch
+            if self._missed or (every and (trainer.current_epoch + 1) % every == 0):  # not merely later
+                self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
+            self._off = self.monitor == "train/loss" and self.monitor not in trainer.callback_metrics
+            if self._off:
+                there = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+                rank_zero_warn(
+                    "BestLossCheckpoint keeps nothing in this run: its module logs neither val/loss nor the epoch's "
+                    f"train/loss; it logs {there}; monitor= takes another key"
+                )
+        if self._off:
+            return
         before, self._saving = self.best_model_score, True
         super().on_train_epoch_end(trainer, pl_module)
         self._saving = False

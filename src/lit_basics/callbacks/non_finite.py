@@ -340,8 +340,8 @@ class NonFiniteGuard(pl.Callback):
         if _are_finite(state.values()):
             return None
         first = next((_clean(name) for name, value in state.items() if not _is_finite(value)), None)
-        step = trainer.global_step
-        when = f"after step {step}" if step else "before the first step"
+        step, batches = trainer.global_step, trainer.fit_loop.total_batch_idx + 1
+        when = f"after step {step}" if step else f"after batch {batches}" if batches else "before the first step"
         return None if first is None else _Fault(math.inf, True, f"{first} is not finite {when}")
 
     def _live_buffers(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:

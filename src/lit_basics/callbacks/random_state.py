@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
@@ -14,11 +15,14 @@ class RandomState(pl.Callback):
 
     Lightning saves none. Each process gets its own back. Works in any Lightning project. It also keeps
     Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run with ``max_steps`` is resumed
-    at an epoch's end, and warns if the number of threads is another.
+    at an epoch's end, gives our loaders their place where ``configure_optimizers`` read
+    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, and warns if the number of threads is
+    another.
     """
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] | None = None
+        self._loader_states: list[dict[str, Any]] = []
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -35,9 +39,12 @@ class RandomState(pl.Callback):
     ) -> None:
         """Keep the states until training starts: what comes before it draws too."""
         self._loaded = checkpoint.get("random_state")
+        loops = checkpoint.get("loops") or {"fit_loop": {"state_dict": {}}}  # weights only: there are none
+        self._loader_states = loops["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore this rank's states after a resume."""
+        self._load_loaders(trainer)
         if self._loaded is None:
             return
         if len(self._loaded) == trainer.world_size:
@@ -54,6 +61,21 @@ class RandomState(pl.Callback):
             loop.epoch_progress.increment_completed()
             loop.reset_restart_stage()
             loop.epoch_loop.restarting = False
+
+    def _load_loaders(self, trainer: pl.Trainer) -> None:
+        """Give the training loaders their states, as Lightning does only where it sets them up after the restore."""
+        states, self._loader_states = self._loader_states, []
+        if not states or not trainer.fit_loop.restarting:
+            return
+        loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if _is_stateful(loader)]
+        for loader, state in zip(loaders, states, strict=True):
+            if getattr(loader, "loads_state_late", False):
+                loader.load_state_dict(state)
+
+
+def _is_stateful(loader: Any) -> bool:
+    """Return whether Lightning keeps a state of this loader."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def generator_states() -> dict[str, Any]:

@@ -59,6 +59,9 @@ class ResumableDataLoader(DataLoader[Any]):
         UserError: If an argument cannot work.
     """
 
+    loads_state_late = True
+    """A state may be loaded after ``iter``, until the first batch is drawn: RandomState does so."""
+
     def __init__(
         self,
         dataset: Any,

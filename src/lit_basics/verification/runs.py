@@ -157,7 +157,7 @@ class Subject:
 
     def bare(self, report: Report, folder: Path) -> Trace:
         """Train without validation and callbacks."""
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         trace = Trace(folder)
         trainer = self.trainer(folder, self.steps, [Tracer(trace)], limit_val_batches=0, num_sanity_val_steps=0)
         self.fit(trainer)

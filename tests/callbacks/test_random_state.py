@@ -1,0 +1,96 @@
+"""RandomState's part beside the random states: the place of a loader that Lightning set up before its restore."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import assert_equal
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10, verify
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+]
+
+
+class Cycled(LitClassifier):
+    """Reads estimated_stepping_batches, for which Lightning sets up the training loader early."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(3072, 10)))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def images():
+    return SyntheticCIFAR10(44, 4, batch_size=8, val_size=0)
+
+
+def samples():
+    data = images()
+    data.setup("fit")
+    x, y = (torch.cat(parts) for parts in zip(*data.train_dataloader(), strict=True))
+    return TensorDataset(x, y)
+
+
+class LitResumable(pl.LightningDataModule):
+    def train_dataloader(self):
+        return ResumableDataLoader(samples(), batch_size=8, shuffle=True, seed=4)
+
+
+class SaveEachStep(Checkpoint):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def train(data, max_steps, checkpoint=None, save_to=None):
+    pl.seed_everything(0 if checkpoint is None else 9, verbose=False)
+    model = Cycled()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[RandomState(), *([SaveEachStep(save_to)] if save_to else [])],
+        enable_checkpointing=bool(save_to),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=3,
+        max_steps=max_steps,
+    )
+    trainer.fit(model, datamodule=data(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    state = trainer.optimizers[0].state_dict()
+    momentum = {str(key): value["momentum_buffer"] for key, value in state["state"].items()}
+    return (
+        {**model.state_dict(), **momentum, "random": torch.get_rng_state()},
+        trainer.global_step,
+        state["param_groups"][0]["lr"],
+    )
+
+
+@pytest.mark.parametrize("max_steps", [-1, 16])
+@pytest.mark.parametrize("data", [images, LitResumable])
+def test_a_loader_that_is_set_up_early_resumes_at_its_place(data, max_steps, tmp_path):
+    """Without ``_load_loaders`` it begins at epoch 0."""
+    state, steps, lr = train(data, max_steps, save_to=tmp_path)
+    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem))[:-1]
+    assert len(checkpoints) == steps - 1
+    for checkpoint in checkpoints:
+        resumed = train(data, max_steps, checkpoint=checkpoint)
+        assert_equal(resumed[0], state)
+        assert resumed[1:] == (steps, lr), checkpoint.stem
+
+
+@pytest.mark.parametrize("data", [images, LitResumable])
+def test_verify_passes_it(data):
+    """Without ``_load_loaders`` every resume point within an epoch fails."""
+    report = verify(Cycled(), datamodule=data(), checks=["resume"], steps=6, callbacks=[RandomState()], progress=False)
+    assert report.passed, str(report)
