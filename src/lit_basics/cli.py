@@ -6,7 +6,7 @@ Nothing heavy is imported before it is known what was asked for.
 import sys
 from importlib.metadata import version
 
-from lit_basics.errors import UserError, nearest
+from lit_basics.errors import UserError, nearest, shortened
 from lit_basics.recipes import recipe_names, recipe_path
 
 SUBCOMMANDS = ("fit", "verify", "validate", "test", "predict")
@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        print(f"lit_basics: {error}", file=sys.stderr)
+        print(f"lit_basics: {shortened(str(error), 900)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
