@@ -157,6 +157,7 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --trainer.devices 0", ["devices"]),
         ("fit --config quickstart --trainer.max_epochs -5", ["max_epochs", "-5"]),
         ("fit --config quickstart --trainer.limit_train_batches 2.5", ["limit_train_batches", "2.5"]),
+        (f"fit --config quickstart --trainer.val_check_interval {'x' * 9000}", ["val_check_interval", "DD:HH:MM:SS"]),
         # a run, a checkpoint
         ("test", ["--run_dir"]),
         ("test --run_dir nowhere", ["nowhere", "no run"]),

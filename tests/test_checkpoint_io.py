@@ -4,12 +4,13 @@ import contextlib
 import os
 import threading
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
 
 from lit_basics import DurableCheckpointIO, UserError
-from lit_basics.checkpoint_io import checksum_path, previous_path
+from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, previous_path
 
 
 def checkpoint(value):
@@ -189,6 +190,17 @@ def test_a_checkpoint_without_sums_is_not_lost_to_a_failing_save(tmp_path, monke
     with pytest.raises(OSError, match="Input/output"):
         io.save_checkpoint(checkpoint(2), path)
     assert io.load_checkpoint(path)["step"] == 1
+
+
+@pytest.mark.parametrize(("key", "name"), [(VERSION, "lit_basics"), ("pytorch-lightning_version", "lightning")])
+def test_a_checkpoint_of_a_newer_version_is_refused(key, name, tmp_path):
+    """Without ``check_versions`` it is loaded."""
+    path = tmp_path / "a.ckpt"
+    torch.save({**checkpoint(1), key: "99.0"}, path)
+    with pytest.raises(UserError, match=rf"a.ckpt was written by a newer {name}, 99.0; here is .*: upgrade {name}"):
+        DurableCheckpointIO().load_checkpoint(path)
+    for older in ("0.0.1", version(name), f"{version(name)}.7", None):
+        check_versions({key: older}, path)
 
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import sys
@@ -352,6 +353,13 @@ MUTATORS = [
 ]
 
 
+GUARDS = re.compile(
+    r"\nlit_basics: (loss is \S+ at step 1 \(.+\)|.+ is not finite (after step 1|before the first step))\n"
+    r"(no checkpoint was written before; the rows are in|the last good state is) .+\n"
+)
+"""All that it says."""
+
+
 def fuzz_configs(count, watch, first=0):
     """Try ``count`` mutated configs; return the exit codes and what was wrong."""
     whole = recipes()
@@ -366,9 +374,9 @@ def fuzz_configs(count, watch, first=0):
         code, message = run([*words, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"])
         codes.append(code)
         what = f"{number} {mutate.__name__} of {name}"
-        if code == 1 and " at step 1 (" in message:  # an infinite learning rate: the guard against such values
-            continue
-        if code not in (0, 2):
+        if code == 1 and GUARDS.fullmatch(message):  # a learning rate of nan is NonFiniteGuard's: its documented stop
+            pass
+        elif code not in (0, 2):
             wrong.append(f"{what}: {code}")
         elif code == 2 and not (message.startswith("lit_basics: ") and len(message) < 1000 and message.count("\n") < 4):
             wrong.append(f"{what}: the message is {message!r:.2000}")
@@ -388,6 +396,7 @@ def test_mutated_configs(watch):
 @pytest.mark.slow
 def test_a_thousand_mutated_configs(watch):
     codes, wrong = fuzz_configs(1000, watch, first=1000)
+    print("\nexit codes:", {code: codes.count(code) for code in set(codes)})
     assert not wrong, f"{len(wrong)} of 1000\n" + "\n".join(wrong)
     assert codes.count(0) >= 100
     assert codes.count(2) >= 500

@@ -1,5 +1,7 @@
 """``--resume_reset``: the weights, the optimizer and the counters go on; the data begins anew with the next epoch."""
 
+import signal
+
 import pytest
 import torch
 from helpers import assert_equal, fit, metrics, write_npz
@@ -49,9 +51,25 @@ def test_with_the_flag_the_run_goes_on(mode, max_steps, words, steps, line, tmp_
     assert "begin anew with epoch 1" in out
     assert newest()["global_step"] == before["global_step"] + 2 * steps  # two whole epochs of the new length
     assert sorted(metrics(run)) == list(range(before["global_step"] + 2 * steps + 1))[1:]
+    if "--seed_everything" in words:  # without the reset of the random state it is the checkpoint's
+        assert not torch.equal(newest()["random_state"][0]["torch"], before["random_state"][0]["torch"])
     # and from there on it is a run like any other
     assert main(["fit", "--resume", "run", "--trainer.max_epochs", "4"]) == 0
     assert newest()["global_step"] == before["global_step"] + 3 * steps
+
+
+@pytest.mark.parametrize("at", [3, 8])
+def test_a_run_that_a_signal_stopped_amid_an_epoch(at, monkeypatch):
+    """Without ``ResumedData``'s end of the checkpoint's epoch its rest is done first: fewer steps, or more."""
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stop = lambda self, *_: signal.raise_signal(signal.SIGUSR1) if self.global_step == at - 1 else None  # noqa: E731
+        patch.setattr(LitLeNet5, "on_train_batch_start", stop)
+        assert main(["fit", *SMALL, "--trainer.max_epochs", "3", "--run_dir", "run"]) == 138
+    signal.signal(signal.SIGTERM, before)
+    assert newest()["global_step"] == at
+    assert resumed("--data.batch_size", "32", "--resume_reset") == 0
+    assert newest()["global_step"] == at + 2 * 15
 
 
 def test_it_is_the_state_and_the_order_that_are_promised():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from lit_basics.errors import UserError, nearest, printable
+from lit_basics.errors import UserError, nearest, printable, shortened
 from lit_basics.recipes import recipe_names, recipe_path
 
 SUBCOMMANDS = ("fit", "verify", "validate", "test", "predict")
@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        print(f"lit_basics: {printable(str(error))}", file=sys.stderr)
+        print(f"lit_basics: {printable(shortened(str(error), 900))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -21,7 +21,7 @@ import yaml
 
 import lit_basics
 from lit_basics import nets
-from lit_basics.errors import nearest
+from lit_basics.errors import nearest, shortened
 from lit_basics.imports import FLAG
 from lit_basics.recipes import recipe_names
 from lit_basics.words import config_names
@@ -71,8 +71,7 @@ class _Problem:
 
 def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
     """Return ``message``, an error of ``parser`` at ``args``, in a line or two."""
-    short = _in_our_words(message, parser, args)
-    return short if len(short) <= 400 else f"{short[:197]} ... {short[-197:]}"
+    return shortened(_in_our_words(message, parser, args))
 
 
 def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:

@@ -14,6 +14,16 @@ MANY = 30
 """More names than this are not listed in a message."""
 
 
+def shortened(text: str, limit: int = 360) -> str:
+    """Return a message, without its middle if it is longer than ``limit``: a value in it may be of any length.
+
+    >>> shortened("abcdefghijklmnop", 11)
+    'abc ... nop'
+    """
+    half = (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a suggestion to append to a message: the closest of ``valid``, or all if they are few.
 

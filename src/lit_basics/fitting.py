@@ -24,7 +24,7 @@ from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import DurableCheckpointIO, load_weights
 from lit_basics.config import Config, with_progress_bar
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
@@ -81,7 +81,7 @@ def fit(args: list[str]) -> None:
             remove_traces(directory, made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
             if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError):
-                reason = str(error).splitlines()[0]
+                reason = shortened(str(error).splitlines()[0])
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
     finally:
@@ -173,7 +173,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     try:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        raise UserError(shortened(f"trainer: {str(error).splitlines()[0]}")) from error
 
 
 def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback]:

@@ -1,5 +1,6 @@
 """The processes that Lightning starts for the other ranks do not outlive the one that starts them."""
 
+import gc
 import os
 import signal
 import threading
@@ -17,7 +18,11 @@ def ending_with_launcher() -> Iterator[None]:
     """Within the body, end this process if rank 0 has started it and has gone before the ranks were connected.
 
     It would wait half an hour for a rank 0 that was killed. Once they are connected, the next exchange fails.
+
+    At the body's end, unless it failed, the ranks are disconnected: Lightning leaves gloo's threads to Python's exit,
+    which they now and then turn into an abort.
     """
+    connected = torch.distributed.is_initialized()
     first = not int(os.environ.get("LOCAL_RANK", 0))
     if first:
         os.environ[_LAUNCHER] = str(os.getpid())
@@ -30,9 +35,17 @@ def ending_with_launcher() -> Iterator[None]:
 
     if launcher != os.getpid():
         threading.Thread(target=watch, daemon=True).start()
+    whole = False
     try:
         yield
+        whole = True
+    except SystemExit:  # all ranks leave, stopped by a signal or a guard
+        whole = True
+        raise
     finally:
         over.set()
         if first:
             del os.environ[_LAUNCHER]  # what this process starts later has another launcher
+        if whole and torch.distributed.is_initialized() and not connected:
+            gc.collect()  # a module in DistributedDataParallel holds the group
+            torch.distributed.destroy_process_group()

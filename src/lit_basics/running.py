@@ -7,7 +7,7 @@ import warnings
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, shortened
 from lit_basics.evaluating import evaluate
 from lit_basics.fitting import fit
 from lit_basics.launching import ending_with_launcher
@@ -31,11 +31,11 @@ def run(command: str, args: list[str]) -> None:
             else:
                 evaluate(command, args)
     except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(shortened(str(error))) from error
     except (RuntimeError, IndexError, ValueError) as error:
         if not _is_user_error(error):
             raise
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(shortened(str(error).splitlines()[0])) from error
 
 
 def _is_user_error(error: Exception) -> bool:

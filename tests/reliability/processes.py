@@ -45,6 +45,10 @@ class Witness(pl.Callback):
         if os.environ.get("SLEEP_AT_STEP") == str(trainer.global_step):
             time.sleep(60)
 
+    def on_exception(self, trainer, pl_module, exception):
+        if trainer.is_global_zero:
+            time.sleep(float(os.environ.get("RANK_0_LEAVES_IN", 0)))
+
 
 def watched_main(words):
     """Run the command line, saving at every chance, with a witness."""
@@ -144,5 +148,6 @@ def assert_each_sample_once(samples, epochs, size):
 
 if __name__ == "__main__":
     code = watched_main(sys.argv[1:])
+    assert not torch.distributed.is_initialized()  # gloo's threads may abort Python's exit: code -6 for 0 or 143
     print(f"rank {os.environ.get('LOCAL_RANK', 0)} leaves with {code}", flush=True)
     sys.exit(code)

@@ -79,6 +79,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_0_that_leaves_slowly_is_not_killed_by_its_launcher(tmp_path, monkeypatch):
+    """Without ``_let_launcher_leave``: Lightning looks every five seconds whether rank 1 has left, and kills."""
+    monkeypatch.setenv("RANK_0_LEAVES_IN", "8")
+    check_stopped("lightning", "rank 1", 30, tmp_path / "run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "count"), [("lightning", 20), ("torchrun", 6)])
 def test_signals(launcher, count, whole, tmp_path):
     draws = random.Random(launcher)

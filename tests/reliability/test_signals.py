@@ -109,12 +109,15 @@ def test_two_ranks_requeue_once(scontrol, tmp_path):
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     run = tmp_path / "run"
     started = Job([*COMMAND, "--run_dir", str(run)], f"{run}.txt", SLEEP_AT_STEP="30")
-    started.wait_for(lambda: max(lines(run), default=-1) >= 30)
-    for seconds in (0.0, 0.2):  # the terminal's and the launcher's are one
-        time.sleep(seconds)
+    try:
+        started.wait_for(lambda: max(lines(run), default=-1) >= 30)
+        for seconds in (0.0, 0.2):  # the terminal's and the launcher's are one
+            time.sleep(seconds)
+            os.kill(started.pid, signal.SIGINT)
+        time.sleep(2)
+        assert started.process.poll() is None, started.output.read_text()  # waits for the step to end
         os.kill(started.pid, signal.SIGINT)
-    time.sleep(2)
-    assert started.process.poll() is None, started.output.read_text()  # waits for the step to end
-    os.kill(started.pid, signal.SIGINT)
-    assert started.process.wait(20) == -signal.SIGINT
+        assert started.process.wait(20) == -signal.SIGINT
+    finally:
+        started.end()
     assert not re.search("Traceback", started.output.read_text())
