@@ -68,7 +68,7 @@ def test_quickstart_keeps_its_promise(tmp_path, capfd):
     assert captured.out.splitlines()[-1].startswith("best checkpoint: ")
 
 
-OVERLAY_RECIPE = {"long": "convnet3"}
+OVERLAY_RECIPE = {"long": "convnet3", "fast": "blitz"}
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "gpu"])

@@ -121,12 +121,12 @@ class MetricsCSV(Logger):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *self._keys])
+        writer.writerows(rows[:-TAIL])
         self._tail = []
-        for row in rows:
+        for row in rows[-TAIL:]:
             values = {key: float(value) for key, value in zip(self._keys, row[1:], strict=True) if value != ""}
             self._tail.append((int(row[0]), values, text.tell()))
             writer.writerow(row)
-        del self._tail[:-TAIL]
         with replace_file(self.path) as staged:
             staged.write(text.getvalue().encode())
         self._file = self.path.open("r+", newline="")
