@@ -69,7 +69,7 @@ def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
 
 
 VALIDATE = """
-import sys, json, torch, lightning.pytorch as pl
+import os, sys, json, torch, lightning.pytorch as pl
 from lit_basics import LitLeNet5, SyntheticCIFAR10
 
 class Counted(LitLeNet5):
@@ -87,7 +87,8 @@ for n in (64, 65, 67):
     seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
     if trainer.is_global_zero:
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        print("RESULT", json.dumps([n, int(seen), values]))
+        print("RESULT", json.dumps([n, int(seen), values]), flush=True)
+os._exit(0)  # gloo's threads may abort Python's own exit
 """
 
 
