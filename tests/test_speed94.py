@@ -1,0 +1,250 @@
+"""speed94: the net, the optimizer and the module against loops and formulas written out here."""
+
+import contextlib
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import Weights, assert_equal
+from torch import nn
+from torch.nn import functional as F
+
+from lit_basics import LitSpeedNet, ProcessSettings, RandomState, SpeedNet, SpeedOptimizer, SyntheticCIFAR10, verify
+from lit_basics.callbacks import process_settings
+from lit_basics.errors import UserError
+from lit_basics.nets import patch_covariance
+from lit_basics.optim import orthogonalized
+
+WIDTHS = (8, 16, 16)
+EPOCHS, BATCH, IMAGES = 4, 32, 96
+
+
+def images(**kwargs):
+    return SyntheticCIFAR10(
+        IMAGES, 20, **{"batch_size": BATCH, "val_size": 0, "crop": 2, "flip": "alternating", "drop_last": True} | kwargs
+    )
+
+
+def fit(model, data, *callbacks, **kwargs):
+    settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        **settings | kwargs, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks)
+    )
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+def whitening(x):
+    patches = torch.stack([x[:, :, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], 2)  # (N, C, 4, 31, 31)
+    patches = patches.permute(0, 3, 4, 1, 2).reshape(-1, 12)
+    values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
+    filters = torch.stack([vectors[:, i] / (values[i] + 5e-4).sqrt() for i in range(12)]).view(12, 3, 2, 2)
+    return torch.cat([filters, -filters])
+
+
+def written_out(net, batches, epochs):
+    """The recipe by hand: the sum of the losses, and the learning rates that belong to it."""
+    steps, done = len(batches) * epochs, 0
+    momenta = {}
+    for epoch in range(epochs):
+        for x, y in batches:  # the same in each epoch
+            side = [24, 24, 24, 28][epoch]
+            x = F.interpolate(x, size=(side, side), mode="bilinear")
+            for p in net.parameters():
+                p.grad = None
+            F.cross_entropy(net(x), y, label_smoothing=0.2, reduction="sum").backward()
+            share, early = 1 - done / steps, max(0, 1 - done / (3 * len(batches)))
+            with torch.no_grad():
+                for name, p in net.named_parameters():
+                    if p.grad is None:
+                        continue
+                    buffer = momenta.setdefault(name, torch.zeros_like(p))
+                    if p.ndim == 4:
+                        buffer.mul_(0.6).add_(p.grad)
+                        g = (p.grad + 0.6 * buffer).flatten(1)
+                        g = g / (g.norm() + 1e-7 * BATCH)  # as of the mean
+                        wide = g if g.shape[0] <= g.shape[1] else g.T
+                        for _ in range(3):
+                            a = wide @ wide.T
+                            wide = 3.4445 * wide - 4.7750 * a @ wide + 2.0315 * a @ a @ wide
+                        g = wide if g.shape[0] <= g.shape[1] else wide.T
+                        p.mul_(len(p) ** 0.5 / p.norm()).sub_(0.24 * share * g.view_as(p))
+                    else:
+                        lr = 0.67 if p.ndim == 2 else 0.053
+                        g = p.grad + 2e-6 * BATCH / lr * p
+                        buffer.mul_(0.85).add_(g)
+                        lr *= early if name == "whiten.bias" else share
+                        p.sub_(lr * (g + 0.85 * buffer))
+            done += 1
+
+
+def test_the_recipe_equals_the_one_written_out(monkeypatch):
+    data = images(crop=0, flip=False)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(0)
+    batches = list(loader)
+    monkeypatch.setattr(type(loader), "__iter__", lambda self: iter(batches))
+    optimizer = lambda groups: SpeedOptimizer(  # noqa: E731
+        groups, head_lr=0.67 * BATCH, bias_lr=0.053 * BATCH, weight_decay=2e-6 * BATCH
+    )
+    model = LitSpeedNet(widths=WIDTHS, resolutions=[24, 24, 24, 28], optimizer=optimizer).double()
+    net = SpeedNet(widths=WIDTHS)
+    net.load_state_dict(model.net.state_dict())
+    net.double()
+    with torch.no_grad():
+        net.whiten.weight.copy_(whitening(batches[0][0].double()))
+    # in float64, where another order of the sums does not grow into another training
+    batches = [(x.double(), y) for x, y in batches]
+    written_out(net, batches, EPOCHS)
+    fit(model, data, precision="64-true")
+    for (name, value), expected in zip(model.net.state_dict().items(), net.state_dict().values(), strict=True):
+        if name != "whitened" and "num_batches" not in name:
+            assert (value - expected).abs().max() < 1e-10, name
+
+
+def test_it_passes_verify():
+    report = verify(
+        LitSpeedNet(widths=WIDTHS, resolutions=[16, 24, 32]),
+        datamodule=images(),
+        checks=["loop", "resume", "manual"],
+        steps=9,
+        progress=False,
+        callbacks=[RandomState()],
+    )
+    assert report.passed, str(report)
+
+
+def test_the_whitening_makes_patches_white():
+    x = torch.randn(200, 3, 32, 32).cumsum(3) / 4
+    net = SpeedNet(widths=WIDTHS)
+    assert not net.whitened
+    net.whiten_(patch_covariance(x))
+    out = F.conv2d(x, net.whiten.weight)[:, :12].transpose(0, 1).flatten(1)
+    assert torch.allclose(out @ out.T / out.shape[1], torch.eye(12), atol=0.05)  # 0.05: from the 5e-4 under the root
+    assert not net.whiten.weight.requires_grad
+
+
+@pytest.mark.parametrize("side", [16, 24, 28, 32])
+def test_any_resolution(side):
+    assert SpeedNet()(torch.zeros(2, 3, side, side)).shape == (2, 10)
+    assert sum(p.numel() for p in SpeedNet().parameters()) == 1_972_792
+
+
+def test_the_orthogonalized_matrix():
+    for shape in ((16, 40), (40, 16)):
+        singular = torch.linalg.svdvals(orthogonalized(torch.randn(shape), steps=10))
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+
+
+def test_images_flip_in_turns():
+    data = images(crop=0, noise=24.0)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    plain = data.normalize(loader.inputs)
+
+    def flipped(epoch):
+        loader.sampler.set_epoch(epoch)
+        batches = list(loader)
+        loader.sampler.set_epoch(epoch)
+        out = torch.zeros(IMAGES, dtype=torch.bool)
+        for (x, _), (_, index) in zip(batches, loader.sampler, strict=True):
+            for image, number in zip(x, index, strict=True):
+                out[number] = torch.equal(image, plain[number].flip(-1))
+                assert out[number] or torch.equal(image, plain[number])
+        return out
+
+    first = flipped(0)
+    assert 20 < first.sum() < IMAGES - 20
+    assert torch.equal(flipped(1), ~first)
+    assert torch.equal(flipped(2), first)
+
+
+def test_tested_with_six_views():
+    model = LitSpeedNet(widths=WIDTHS).eval()
+    x = torch.randn(4, 3, 32, 32)
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    views = [(0.5, x), (0.25, padded[:, :, 0:32, 0:32]), (0.25, padded[:, :, 2:34, 2:34])]
+    expected = sum(w * (model(v) + model(v.flip(3))) / 2 for w, v in views)
+    assert torch.allclose(model.predict_step(x, 0), expected, atol=1e-6)
+    assert not torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_the_learning_rates_fall_to_zero():
+    rows = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rows.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+    fit(LitSpeedNet(widths=WIDTHS), images(), Rates())
+    assert len(rows) == 12
+    assert [row["filters"] for row in rows] == pytest.approx([0.24 * (1 - i / 12) for i in range(12)])
+    assert rows[9]["whitening"] == 0 < rows[8]["whitening"]
+
+
+def test_bad_arguments():
+    with pytest.raises(UserError, match="at least 16 pixels"):
+        LitSpeedNet(resolutions=[8])
+    with pytest.raises(UserError, match="groups named filters, head"):
+        SpeedOptimizer(nn.Linear(2, 2).parameters())
+
+
+class Failing(LitSpeedNet):
+    def compute_loss(self, batch, batch_idx):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_settings_are_put_back(fails, monkeypatch):
+    calls, seen = [], []
+    monkeypatch.setattr(process_settings, "set_malloc", lambda libc, values: calls.append(values))
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append((len(calls), torch.backends.mkldnn.enabled))
+
+    model = Failing(widths=WIDTHS) if fails else LitSpeedNet(widths=WIDTHS)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        fit(model, images(), ProcessSettings(onednn=False, keep_memory=True), Look(), max_epochs=1)
+    assert seen == [(1, False)]
+    assert torch.backends.mkldnn.enabled
+    assert calls == [process_settings.KEEP, process_settings.GLIBC_DEFAULTS]
+
+
+FAULTS = """
+import ctypes, resource, torch
+from lit_basics.callbacks.process_settings import KEEP, set_malloc
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+set_malloc(ctypes.CDLL("libc.so.6"), KEEP)
+faults()
+print(usual, faults())
+"""
+
+
+def test_kept_memory_is_not_asked_for_again():
+    # 40 MB five times: 51,200 pages, or 100 huge ones
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert usual >= 50
+    assert kept <= usual / 10
+
+
+def test_memory_is_kept_with_the_same_weights():
+    states = []
+    for callbacks in ([], [ProcessSettings(keep_memory=True)]):
+        torch.manual_seed(0)
+        weights = Weights()
+        fit(LitSpeedNet(widths=WIDTHS), images(), weights, *callbacks, max_epochs=1)
+        states.append(weights.after[-1])
+    assert_equal(*states)
