@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
 
 from lit_basics.config import Config
 from lit_basics.fitting import make_trainer
@@ -103,6 +108,21 @@ def onednn(enabled: bool) -> Iterator[None]:
         torch.backends.mkldnn.enabled = True
 
 
+class Images(Dataset[tuple[Tensor, int]]):
+    """What ``torchvision.datasets.CIFAR10`` does with its arrays, and the tutorial's transform."""
+
+    def __init__(self, data: np.ndarray, targets: list[int]) -> None:
+        self.data, self.targets = data, targets
+        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.transform = transforms.Compose([transforms.ToTensor(), normalize])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
 class Clock(pl.Callback):
     """Begins to count after some steps."""
 
@@ -126,12 +146,18 @@ def seconds_a_step(trainer: pl.Trainer, model: pl.LightningModule, **data: Any) 
     return (now() - clock.begun) / (trainer.global_step - clock.step)
 
 
-def by_command(words: list[str], **data: Any) -> tuple[float, pl.LightningModule]:
-    """Train as ``lit_basics fit`` does; return the seconds of a step and the trained module."""
+@contextlib.contextmanager
+def prepared(words: list[str]) -> Iterator[tuple[Config, pl.Trainer]]:
+    """Make what ``lit_basics fit`` makes before it trains, on the CPU, in a folder that goes afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         config = Config([*words, "--trainer.accelerator=cpu"])
         config.prepare_loggers(Path(folder))
         config.build()
-        trainer = make_trainer(config, Path(folder))
+        yield config, make_trainer(config, Path(folder))
+
+
+def by_command(words: list[str], **data: Any) -> tuple[float, pl.LightningModule]:
+    """Train as ``lit_basics fit`` does; return the seconds of a step and the trained module."""
+    with prepared(words) as (config, trainer):
         data = data or {"datamodule": config.datamodule}
         return seconds_a_step(trainer, config.model, **data), config.model

@@ -9,44 +9,25 @@ torch takes.
 
 import argparse
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from common import Images, prepared
+from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_basics import BlitzNet
-from lit_basics.config import Config
-from lit_basics.fitting import make_trainer
 from lit_basics.running import quiet
 
 HELD_OUT, WANTED = 5000, 0.55
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """CIFAR-10 as torchvision has it, with the tutorial's transform."""
-
-    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.x, self.y = x, y.tolist()
-        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.transform = transforms.Compose([transforms.ToTensor(), normalize])
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.x[index])), self.y[index]
-
-
 def tutorial(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
     """Train until 55 % or for eight epochs; return the seconds and the accuracy."""
     torch.manual_seed(seed)
-    loader = DataLoader(Images(x[HELD_OUT:], y[HELD_OUT:]), batch_size=4, shuffle=True)
+    loader = DataLoader(Images(x[HELD_OUT:], y[HELD_OUT:].tolist()), batch_size=4, shuffle=True)
     x_held = torch.from_numpy(x[:HELD_OUT]).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
     y_held = torch.from_numpy(y[:HELD_OUT])
     net, criterion = BlitzNet(), nn.CrossEntropyLoss()
@@ -74,12 +55,8 @@ def fast(path: Path, seed: int) -> tuple[float, float]:
     """Train as ``lit_basics fit --config blitz --config fast`` does; return the seconds and the accuracy."""
     words = ["--config", "blitz", "--config", "fast", "--data", "NpzDataModule", f"--data.path={path}"]
     words += [f"--data.val_size={HELD_OUT}", f"--seed_everything={seed}", f"--data.seed={seed}"]
-    words += ["--trainer.limit_val_batches=0", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    with tempfile.TemporaryDirectory() as folder:
-        config = Config(words)
-        config.prepare_loggers(Path(folder))
-        config.build()
-        trainer = make_trainer(config, Path(folder))
+    words += ["--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+    with prepared(words) as (config, trainer):
         config.datamodule.setup("fit")  # the tutorial's loop has its images in memory too
         begun = time.monotonic()
         trainer.fit(config.model, datamodule=config.datamodule)

@@ -9,17 +9,13 @@ and DurableCheckpointIO. Both are trained in one process, in turns, on synthetic
 
 import contextlib
 import io
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
-from common import begin, end, figure, in_turns, now, ratios
+from common import begin, end, figure, in_turns, now, prepared, ratios
 from torch import Tensor
 
 from lit_basics import RandomState
-from lit_basics.config import Config
-from lit_basics.fitting import make_trainer
 
 OFF = ["--best_checkpoint=false", "--last_checkpoint=false", "--non_finite_guard=false"]
 
@@ -34,12 +30,8 @@ def main() -> None:
         """Train blitz; return the seconds."""
         data = ["--data", "SyntheticCIFAR10", f"--data.train_images={images}", "--data.test_images=10"]
         quiet_words = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-        length = [f"--trainer.max_epochs={epochs}", "--trainer.accelerator=cpu"]
-        with tempfile.TemporaryDirectory() as folder:
-            config = Config(["--config", "blitz", *data, *length, *quiet_words, *([] if guarded else OFF)])
-            config.prepare_loggers(Path(folder))
-            config.build()
-            trainer = make_trainer(config, Path(folder))
+        words = ["--config", "blitz", *data, f"--trainer.max_epochs={epochs}", *quiet_words]
+        with prepared([*words, *([] if guarded else OFF)]) as (config, trainer):
             if not guarded:
                 trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RandomState)]
             begun = now()

@@ -12,17 +12,15 @@ import contextlib
 import io
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import prepared
 from torch import Tensor, nn
 
-from lit_basics.config import Config
-from lit_basics.fitting import make_trainer
 from lit_basics.running import quiet
 from lit_basics.speed import has_bfloat16
 
@@ -152,13 +150,9 @@ def accuracy(net: Net, x: Tensor, y: Tensor) -> float:
 def by_command(path: Path, images: int, epochs: int, seed: int) -> tuple[float, float]:
     """Train as ``lit_basics fit --config speed94`` does; return the seconds of training and the test accuracy."""
     words = ["--config", "speed94", "--data", "NpzDataModule", f"--data.path={path}", f"--data.seed={seed}"]
-    words += [f"--seed_everything={seed}", f"--trainer.max_epochs={epochs}", "--trainer.accelerator=cpu"]
+    words += [f"--seed_everything={seed}", f"--trainer.max_epochs={epochs}"]
     words += [f"--trainer.limit_train_batches={images // BATCH}"]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        config = Config(words)
-        config.prepare_loggers(Path(folder))
-        config.build()
-        trainer = make_trainer(config, Path(folder))
+    with prepared(words) as (config, trainer), contextlib.redirect_stderr(io.StringIO()):
         begun = time.monotonic()
         trainer.fit(config.model, datamodule=config.datamodule)
         seconds = time.monotonic() - begun

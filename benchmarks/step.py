@@ -14,30 +14,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import begin, by_command, end, figure, in_turns, now, onednn, ratios, seconds_a_step
-from PIL import Image
+from common import Images, begin, by_command, end, figure, in_turns, now, onednn, ratios, seconds_a_step
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
 from lit_basics import ArrayLoader, BlitzNet, EpochOrder, Line, SyntheticCIFAR10
 
 BATCH = 4
-
-
-class Images(Dataset[tuple[Tensor, int]]):
-    """What ``torchvision.datasets.CIFAR10`` does with its arrays, and the tutorial's transform."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.data, self.targets = x.permute(0, 2, 3, 1).contiguous().numpy(), y.tolist()
-        normalize = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.transform = transforms.Compose([transforms.ToTensor(), normalize])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
 
 
 class Plain(pl.LightningModule):
@@ -92,6 +75,7 @@ def system_c(steps: int, rounds: int, k: int, cpu_time: bool) -> None:
     data = SyntheticCIFAR10(images, 10, batch_size=BATCH, val_size=0, mean=[0.5], std=[0.5])
     data.setup("fit")
     x, y = data.train_dataloader().inputs, data.train_dataloader().targets
+    pictures = Images(x.permute(0, 2, 3, 1).contiguous().numpy(), y.tolist())
     order = torch.cat([index for _, index in EpochOrder(images, BATCH, shuffle=True)]).tolist()
     weights: dict[str, list[Tensor]] = {}
     words = [
@@ -109,7 +93,7 @@ def system_c(steps: int, rounds: int, k: int, cpu_time: bool) -> None:
 
     def tutorial(name: str, workers: int) -> float:
         model = net()
-        loader = DataLoader(Images(x, y), batch_size=BATCH, sampler=order, num_workers=workers)
+        loader = DataLoader(pictures, batch_size=BATCH, sampler=order, num_workers=workers)
         seconds = by_hand(model, nn.CrossEntropyLoss(), 0.9, loader, item=True)
         weights[name] = list(model.parameters())
         return seconds
@@ -122,7 +106,7 @@ def system_c(steps: int, rounds: int, k: int, cpu_time: bool) -> None:
         return seconds
 
     def lightning() -> float:
-        loader = DataLoader(Images(x, y), batch_size=BATCH, sampler=order)
+        loader = DataLoader(pictures, batch_size=BATCH, sampler=order)
         return by_lightning(Plain(net(), nn.CrossEntropyLoss(), 0.9), loader)
 
     def ours(name: str, *more: str) -> float:

@@ -57,10 +57,7 @@ class PairedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step both optimizers; ``closure``, if given, is evaluated once, first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for optimizer in self._optimizers:
             optimizer.step()
         return loss
@@ -116,10 +113,7 @@ class SpeedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make an update; ``closure``, if given, is evaluated once, first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             momentum = group["momentum"]
             for p in group["params"]:
@@ -136,6 +130,14 @@ class SpeedOptimizer(Optimizer):
                     update = orthogonalized(update.flatten(1)).view_as(p)
                 p.add_(update, alpha=-group["lr"])
         return loss
+
+
+def evaluate(closure: Callable[[], float] | None) -> float | None:
+    """Return the loss of a step's ``closure``, which computes the gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def orthogonalized(matrix: Tensor, steps: int = 3) -> Tensor:

@@ -4,6 +4,7 @@ The recipe is airbench94_muon's (K. Jordan, https://github.com/KellerJordan/cifa
 the first epochs. The data's part, alternating flips and shifts of two pixels, is the DataModule's.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ WHITENING_EPOCHS = 3
 class LitSpeedNet(LitClassifier):
     """SpeedNet by :class:`~lit_basics.optim.SpeedOptimizer`, all learning rates falling linearly to 0.
 
-    It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), unless the
-    Trainer's precision is another; weights stay float32. Tested and predicted is with test-time augmentation:
+    It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), at every precision
+    of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time augmentation:
     the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
 
     Args:
@@ -74,12 +75,12 @@ class LitSpeedNet(LitClassifier):
     def trained_parameters(self) -> list[dict[str, Any]]:
         """Return the groups: the whitening's bias, the other biases, the head, the filters."""
         net = self.net
-        rest = [(name, p) for name, p in net.named_parameters() if p.requires_grad and p is not net.whiten.bias]
+        rest = [p for p in net.parameters() if p.requires_grad and p is not net.whiten.bias]
         return [
             {"name": "whitening", "params": [net.whiten.bias]},
-            {"name": "biases", "params": [p for _, p in rest if p.ndim == 1]},
-            {"name": "head", "params": [p for _, p in rest if p.ndim == 2]},
-            {"name": "filters", "params": [p for _, p in rest if p.ndim == 4]},
+            {"name": "biases", "params": [p for p in rest if p.ndim == 1]},
+            {"name": "head", "params": [p for p in rest if p.ndim == 2]},
+            {"name": "filters", "params": [p for p in rest if p.ndim == 4]},
         ]
 
     def falling_to_zero(self, optimizer: Optimizer) -> LambdaLR:
@@ -135,6 +136,7 @@ class LitSpeedNet(LitClassifier):
         return mirrored(x) / 2 + (mirrored(shifted[:, :, :-2, :-2]) + mirrored(shifted[:, :, 2:, 2:])) / 4
 
 
+@functools.cache
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions for bfloat16, so that it is faster than float32."""
     if device.type == "cuda":
