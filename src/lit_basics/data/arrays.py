@@ -300,7 +300,7 @@ def channel_statistics(images: Tensor, indices: Tensor) -> tuple[list[float], li
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     histograms = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for part in torch.split(indices, 1000):  # some at a time: a copy of all would double the memory
+    for part in torch.split(indices, 100):  # some at a time: a copy of all would double the memory
         for counts, pixels in zip(histograms, images.index_select(0, part).unbind(1), strict=True):
             counts += torch.bincount(pixels.flatten(), minlength=256)
     means, stds = [], []
