@@ -343,10 +343,18 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
         for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     )
     device = trainer.strategy.root_device
+    own = is_overridden("transfer_batch_to_device", owner("transfer_batch_to_device"))
+
+    def moved(batch: Any) -> Any:
+        # Lightning's walk through the batch takes longer than to see that nothing is to be moved
+        flat = not own and type(batch) in (tuple, list)
+        there = flat and all(type(part) is Tensor and part.device == device for part in batch)
+        return batch if there else move(batch, device, 0)
+
     return [
         trainer.precision_plugin.convert_input,
         lambda batch: before(batch, 0),
-        lambda batch: move(batch, device, 0),
+        moved,
         lambda batch: after(batch, 0),
     ]
 

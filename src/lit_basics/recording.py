@@ -34,7 +34,10 @@ class StepRecorder:
         self._device = trainer.strategy.root_device
         # MPS has no float64; everywhere else it keeps a float64 net's losses exact
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self._buffer = torch.zeros(ROWS, 16, dtype=self._dtype, device=self._device)
+        self._on_host = self._device.type == "cpu"
+        self._buffer = torch.zeros(ROWS, 0, dtype=self._dtype, device=self._device)
+        self._cells: Any = None
+        self._resize(16)
         self._columns: dict[str, int] = {}
         self._every: list[int] = []
         self._averaged: set[str] = set()
@@ -69,15 +72,9 @@ class StepRecorder:
         count, last = self._filled[row].get(column, (0, -1))
         if count and last == part:
             return
-        cell = self._buffer[row, column]
         if isinstance(value, Tensor):
-            value = value.detach()
-        if count:
-            cell.add_(value)
-        elif isinstance(value, Tensor):
-            cell.copy_(value)
-        else:
-            cell.fill_(value)
+            value = value.item() if self._on_host else value.detach()
+        self._cells[row, column] = self._cells[row, column] + value if count else value
         self._filled[row][column] = (count + 1, part)
 
     def put_all(self, step: int, names: Sequence[str], values: Tensor) -> None:
@@ -90,11 +87,13 @@ class StepRecorder:
         """
         row = self._row(step)
         columns = [self._column(name, 1) for name in names]
+        values = values.detach()
+        numbers: Any = values.double().numpy() if self._on_host else values
         if columns == list(range(columns[0], columns[0] + len(columns))):
-            self._buffer[row, columns[0] : columns[0] + len(columns)].copy_(values.detach())
+            self._cells[row, columns[0] : columns[0] + len(columns)] = numbers
         else:  # a parameter that had no gradient at first has its column elsewhere
-            for column, value in zip(columns, values.detach(), strict=True):
-                self._buffer[row, column].copy_(value)
+            for column, number in zip(columns, numbers, strict=True):
+                self._cells[row, column] = number
         self._filled[row].update(dict.fromkeys(columns, (1, 0)))
 
     def put_host(self, step: int, name: str, value: float, *, every: int = 1) -> None:
@@ -210,8 +209,15 @@ class StepRecorder:
             column = self._columns[name] = len(self._columns)
             self._every.append(every)
             if column >= self._buffer.shape[1]:
-                self._buffer = torch.cat([self._buffer, torch.zeros_like(self._buffer)], dim=1)
+                self._resize(2 * self._buffer.shape[1])
         return column
+
+    def _resize(self, columns: int) -> None:
+        old = self._buffer
+        self._buffer = torch.zeros(ROWS, columns, dtype=self._dtype, device=self._device)
+        self._buffer[:, : old.shape[1]] = old
+        # on the CPU there is nothing to wait for, and numpy takes a tenth of the time for one number
+        self._cells = self._buffer.numpy() if self._on_host else self._buffer
 
 
 _recorders: weakref.WeakKeyDictionary[pl.Trainer, StepRecorder] = weakref.WeakKeyDictionary()

@@ -38,7 +38,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save if the last save is five minutes old."""
         # ranks must agree, which costs a message: they ask every 50 batches
-        if (trainer.world_size == 1 or batch_idx % 50 == 0) and at_step_boundary(trainer):
+        asked = batch_idx % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
+        if asked and at_step_boundary(trainer):
             self._save_if_older(trainer, MAX_SECONDS)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,9 +52,12 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def _save_if_older(self, trainer: pl.Trainer, seconds: float) -> None:
-        due = time.monotonic() - self._saved_at >= seconds
+        due = self._is_older(seconds)
         if trainer.strategy.broadcast(due) if trainer.world_size > 1 else due:
             self.save(trainer)
+
+    def _is_older(self, seconds: float) -> bool:
+        return time.monotonic() - self._saved_at >= seconds
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save now; on all ranks."""

@@ -75,7 +75,8 @@ class Preemption(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Leave if a signal came, unless an epoch's end or a validation follows at once."""
-        if at_step_boundary(trainer):
+        # ranks must ask each other; one alone knows
+        if (self._signal or trainer.world_size > 1) and at_step_boundary(trainer):
             self._leave_if_signalled(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
