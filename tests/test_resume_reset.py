@@ -1,6 +1,8 @@
 """``--resume_reset``: the weights, the optimizer and the counters go on; the data begins anew with the next epoch."""
 
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,8 +70,35 @@ def test_a_run_that_a_signal_stopped_amid_an_epoch(at, monkeypatch):
         assert main(["fit", *SMALL, "--trainer.max_epochs", "3", "--run_dir", "run"]) == 138
     signal.signal(signal.SIGTERM, before)
     assert newest()["global_step"] == at
-    assert resumed("--data.batch_size", "32", "--resume_reset") == 0
+    begun = []
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLeNet5, "on_train_epoch_start", lambda self: begun.append(self.current_epoch))
+        assert resumed("--data.batch_size", "32", "--resume_reset") == 0
     assert newest()["global_step"] == at + 2 * 15
+    assert len(begun) == 2  # without the reset of the loop's restart stage the first of them is not begun
+    batches = newest()["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    assert batches["ready"] == batches["completed"] == at + 2 * 15
+
+
+def test_half_an_accumulated_step_is_left_behind(monkeypatch):
+    """Without ``ResumedData``'s dropping of "lit_basics" its loss counts in the first step of the new data."""
+    words = (*SMALL, "--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "2")
+
+    def save(self, outputs, batch, batch_idx):
+        if batch_idx in (1, 2):  # one step, then half of another: the weights are the same
+            self.trainer.save_checkpoint(f"run/checkpoints/{batch_idx}.ckpt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLeNet5, "on_train_batch_end", save)
+        fit(*words, "--trainer.max_epochs", "1")
+    assert torch.load("run/checkpoints/2.ckpt", weights_only=True)["lit_basics"]["recorder"]["unfinished"]
+    rows = []
+    for name in ("1", "2"):
+        shutil.copytree("run", name)
+        reset = ("--data.seed", "3", "--resume_reset", "--trainer.max_epochs", "2")
+        assert main(["fit", "--resume", f"{name}/checkpoints/{name}.ckpt", *reset]) == 0
+        rows.append(metrics(Path(name)))
+    assert rows[0] == rows[1]
 
 
 def test_it_is_the_state_and_the_order_that_are_promised():

@@ -145,7 +145,6 @@ class ResumedData(pl.Callback):
             progress.ready = progress.processed = progress.completed = progress.started
         loop.restarting = False  # else Lightning would go on at the batch where the checkpoint stands
         loop.reset_restart_stage()
-        loop.epoch_loop.reset_restart_stage()
         rank_zero_only(print)(
             f"--resume_reset: from step {trainer.global_step} on, with the checkpoint's weights and optimizer; the "
             f"data and the random numbers begin anew with epoch {trainer.current_epoch}"
