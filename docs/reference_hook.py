@@ -12,6 +12,10 @@ ROOMS = {
     "callbacks": "Callbacks and checkpoints",
     "loggers": "Loggers",
     "optim": "Optimizers",
+    "speed": "speed94",
+    "checkpoint_io": "Checkpoint files",
+    "soft_loggers": "Loggers that fail soft",
+    "verification": "Verify",
     "errors": "Errors",
 }
 

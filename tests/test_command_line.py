@@ -203,3 +203,10 @@ def test_a_failing_run_keeps_its_rows_and_its_traceback(tmp_path):
     assert "a bug of the user" in done.stderr
     assert "Traceback" in done.stderr
     assert list(metrics("run")) == [1, 2]
+
+
+def test_a_fit_without_an_end_says_so():
+    """``quiet`` once hid it."""
+    words = ["--model", "LitLeNet5", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
+    with pytest.warns(UserWarning, match="1000 epochs"):
+        assert main(["fit", *words, "--data.test_images", "10", "--trainer.limit_train_batches", "0"]) == 0

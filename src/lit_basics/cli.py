@@ -33,7 +33,7 @@ options of fit, verify, validate, test and predict:
   --allow_import P  let a config name what lies in the package P, beside the libraries of training
   --checks A,B    verify: only these checks; --steps N for longer or shorter runs
   --KEY VALUE     any setting, such as --trainer.max_epochs 3, --model.optimizer Adam or --data.batch_size 64
-  --help          all settings
+  --help          after a command: the Trainer's settings; --model.help CLASS: a class's
 
 recipes: {", ".join(recipe_names())}
 overlays: {", ".join(recipe_names("overlays"))}

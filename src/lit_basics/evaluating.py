@@ -27,7 +27,9 @@ def evaluate(command: str, args: list[str]) -> None:
     config.config.trainer.logger = False  # not even made: its package may be missing here
     config.build()
     load_weights(config.model, path)
-    arguments = with_progress_bar({**config.trainer_arguments, "logger": False, "enable_checkpointing": False})
+    # max_epochs counts for nothing here, but Lightning warns where it is not given
+    bare = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
+    arguments = with_progress_bar({**config.trainer_arguments, **bare})
     arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
     trainer = pl.Trainer(**arguments)
     if command == "predict":

@@ -57,7 +57,6 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own, on new torch
-        r".*`max_epochs` was not set",
         r".*does not have many workers",  # the arrays are in memory
         r".*number of training batches .* is smaller than the logging interval",  # rows come from the recorder
         r".*Checkpoint directory .* exists and is not empty",
