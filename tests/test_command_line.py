@@ -12,6 +12,7 @@ from helpers import assert_equal, fit, metrics
 
 from lit_basics import nets
 from lit_basics.cli import main
+from lit_basics.config import Config
 
 SMALL = (
     *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
@@ -210,3 +211,27 @@ def test_a_fit_without_an_end_says_so():
     words = ["--model", "LitLeNet5", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
     with pytest.warns(UserWarning, match="1000 epochs"):
         assert main(["fit", *words, "--data.test_images", "10", "--trainer.limit_train_batches", "0"]) == 0
+
+
+def test_files_named_in_a_config_count_as_written(tmp_path):
+    """Without ``walk_file`` what they hold is replaced by the classes' defaults, in silence."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "data.yaml").write_text(
+        "class_path: SyntheticCIFAR10\ninit_args: {batch_size: 7, train_images: 50, test_images: 10}\n"
+    )
+    (tmp_path / "parts" / "sgd.yaml").write_text("class_path: torch.optim.SGD\ninit_args: {lr: 0.5, momentum: 0.7}\n")
+    (tmp_path / "parts" / "mine.yaml").write_text(
+        "data: data.yaml\nmodel:\n  class_path: LitLeNet5\n  init_args:\n    optimizer: sgd.yaml\n"
+    )
+    config = Config(["--config", "parts/mine.yaml"]).to_dict()
+    assert config["data"]["init_args"]["batch_size"] == 7
+    assert config["data"]["init_args"]["train_images"] == 50
+    optimizer = config["model"]["init_args"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["momentum"]) == (0.5, 0.7)
+
+
+def test_the_directory_of_a_run_is_typed(tmp_path, capsys):
+    """Without the refusal the run goes elsewhere and nothing is resumed."""
+    (tmp_path / "mine.yaml").write_text("run_dir: a/b\n")
+    assert main(["fit", "--config", "quickstart", "--config", "mine.yaml"]) == 2
+    assert "run_dir is typed, never part of a config: --run_dir a/b" in capsys.readouterr().err

@@ -12,8 +12,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10
+from lit_basics.callbacks.last import at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
+from lit_basics.errors import UserError
+from lit_basics.resuming import check_changes
 
 SMALL = ("--config", "quickstart", "--data.train_images", "500", "--trainer.log_every_n_steps", "1")
 
@@ -42,7 +45,7 @@ class SaveEverywhere(Checkpoint):
         self.folder = folder
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not trainer.is_last_batch and (batch_idx + 1) % (trainer.val_check_batch or 1000):
+        if at_step_boundary(trainer, halfway=True):
             trainer.save_checkpoint(self.folder / f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
 
     def on_train_epoch_end(self, trainer, pl_module):
@@ -107,6 +110,13 @@ def test_resumes_exactly_from_every_step(case, mode, tmp_path):
         assert resumed["rest"] == whole["rest"], checkpoint.stem
 
 
+def test_no_step_boundary_where_a_validation_counted_over_epochs_is_due(tmp_path):
+    """Lightning would not make up for the one after batch 9, the third of its epoch, which counts over all epochs."""
+    train({"check_val_every_n_epoch": None, "val_check_interval": 9}, {}, "epoch", save_to=tmp_path)
+    saved = {int(file.stem.removeprefix("batch")) for file in tmp_path.glob("batch*.ckpt")}
+    assert saved == set(range(1, 18)) - {6, 12, 9}
+
+
 def newest(run):
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -138,13 +148,109 @@ def test_auto_takes_the_newest_good_run_of_the_recipe(tmp_path, capsys):
     assert "starting afresh" in capsys.readouterr().out
     assert main(["fit", *words]) == 0
     first, second = sorted((tmp_path / "runs" / "quickstart").iterdir())
-    damaged = second / "checkpoints" / "last.ckpt"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
-    for extra in damaged.parent.glob("last.ckpt.*"):
-        extra.unlink()
-    assert main(["fit", *words[:-4], "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
+    for file in (second / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="is damaged .*; looking for an earlier run"):
+        assert main(["fit", *words[:-4], "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
     assert newest(first)["global_step"] == 16
     assert len(list((tmp_path / "runs" / "quickstart").iterdir())) == 2
+
+
+def test_auto_never_writes_over_a_run_that_it_cannot_read(tmp_path, capsys):
+    """Without the error in ``find_run`` a new run is begun in the folder; all its files go when that fails."""
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    for file in (run / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for words in ([], ["--data", "NpzDataModule", "--data.path", "missing.npz"]):
+        assert main(["fit", "--config", "quickstart", "--run_dir", "run", "--resume", "auto", *words]) == 2
+        assert "last.ckpt is damaged" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_failing_start_removes_only_what_it_wrote(tmp_path):
+    """Without the list of what was not there before, the rows of a run that was killed before its first save go."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step\n")
+    words = ["--data", "NpzDataModule", "--data.path", "missing.npz", "--resume", "auto"]
+    assert main(["fit", "--config", "quickstart", "--run_dir", "run", *words]) == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.csv"]
+
+
+def test_without_last_ckpt_auto_goes_on_from_the_best(tmp_path, capsys):
+    """Without ``best.ckpt`` among the candidates the run is begun anew, over its only checkpoint."""
+    whole = fit(*SMALL, "--trainer.max_epochs", "3", run_dir="whole")
+    run = fit(*SMALL, "--trainer.max_epochs", "1", "--last_checkpoint", "false", run_dir="run")
+    assert not (run / "checkpoints" / "last.ckpt").exists()
+    words = ["--last_checkpoint", "true", "--trainer.max_epochs", "3"]
+    capsys.readouterr()
+    assert main(["fit", *SMALL, "--run_dir", "run", "--resume", "auto", *words]) == 0
+    assert "resuming with trainer.max_epochs 3 (was 1)" in capsys.readouterr().out
+    assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
+    assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_auto_takes_the_run_that_was_saved_last_whatever_its_name(tmp_path):
+    """Without the sort by time ``zzz`` is taken, whose name comes last."""
+    for name in ("zzz", "2026-01-01_00-00-00"):
+        fit(*SMALL, "--trainer.max_epochs", "1", run_dir=f"runs/quickstart/{name}")
+    assert main(["fit", *SMALL, "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
+    assert newest(tmp_path / "runs" / "quickstart" / "zzz")["global_step"] == 8
+
+
+def test_what_is_null_now_is_a_change():
+    """Without the keys that were nulled nothing is said, and the run goes on without its scheduler."""
+    scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}
+    saved = {"model": {"init_args": {"lr_scheduler": scheduler}}, "data": {"class_path": "SyntheticCIFAR10"}}
+    with pytest.raises(UserError, match=r"lr_scheduler None: the run to resume has torch.optim.lr_scheduler.StepLR"):
+        check_changes(saved, {**saved, "model": {"init_args": {"lr_scheduler": None}}})
+    with pytest.raises(UserError, match="--data None"):
+        check_changes(saved, {**saved, "data": None})
+    assert check_changes(saved, {**saved, "new_option": None}) == {}
+
+
+LATE = """
+from torch import nn
+from lit_basics import LitClassifier
+
+class Late(LitClassifier):
+    def __init__(self, **settings):
+        super().__init__(net=nn.Identity(), **settings)
+
+    def configure_model(self):
+        if isinstance(self.net, nn.Identity):
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+class Part(LitClassifier):
+    def __init__(self, **settings):
+        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **settings)
+        self.strict_loading = False
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "bias" not in name}
+"""
+
+
+@pytest.mark.parametrize("name", ["Late", "Part"])
+def test_modules_that_are_complete_only_later_or_save_a_part(name, tmp_path, monkeypatch, capsys):
+    """With a strict ``load_state_dict`` before Lightning's, both are checkpoints of another model."""
+    module = f"late_{name}"
+    (tmp_path / f"{module}.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ["--allow_import", module]
+    data = ["--data", "SyntheticCIFAR10", "--data.train_images", "100", "--data.test_images", "20"]
+    bar = ["--trainer.enable_progress_bar", "false"]
+    assert (
+        main(
+            ["fit", *mine, "--model", f"{module}.{name}", *data, *bar, "--trainer.max_epochs", "1", "--run_dir", "run"]
+        )
+        == 0
+    )
+    assert main(["fit", *mine, "--resume", "run", "--trainer.max_epochs", "2"]) == 0
+    for command in ("validate", "test", "predict"):
+        assert main([command, *mine, "--run_dir", "run"]) == 0
+    assert main(["test", "--model", "LitLeNet5", *data, *bar, "--run_dir", "run"]) == 2
+    assert "another model than LitLeNet5" in capsys.readouterr().err
 
 
 def test_another_number_of_threads_is_said(tmp_path):
@@ -238,3 +344,32 @@ def test_a_path_without_a_run_is_refused(tmp_path, capsys):
     for place in ("nowhere", "empty"):
         assert main(["fit", "--resume", place]) == 2
         assert "there is no checkpoint" in capsys.readouterr().err
+
+
+RAISES = """
+from lit_basics import LitLeNet5
+
+class Raises(LitLeNet5):
+    broken = False
+
+    def on_train_start(self):
+        if self.broken:
+            raise KeyError("mine")
+
+    def on_train_batch_end(self, *args):
+        if self.current_epoch == 1:
+            self.load_state_dict({})
+"""
+
+
+@pytest.mark.parametrize(("broken", "what"), [(True, "mine"), (False, "Missing key")])
+def test_an_error_of_the_modules_own_is_not_the_checkpoints(broken, what, tmp_path, monkeypatch):
+    """Without the look at where and when, both are said to be about ``last.ckpt``, and have no traceback."""
+    (tmp_path / "raises.py").write_text(RAISES)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ("--allow_import", "raises", *SMALL, "--model", "raises.Raises")
+    run = fit(*mine, "--trainer.max_epochs", "1")
+    monkeypatch.setattr(sys.modules["raises"].Raises, "broken", broken)
+    with pytest.raises((KeyError, RuntimeError), match=what):
+        main(["fit", "--allow_import", "raises", "--resume", str(run), "--trainer.max_epochs", "2"])
+    del sys.modules["raises"]

@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -115,6 +116,14 @@ class DurableCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         """Write what is held; called by the Trainer at its end, also after an exception."""
         self.flush()
+
+
+def with_durable_checkpoints(plugins: Any, min_seconds: float = 0.0) -> list[Any]:
+    """Return a Trainer's plugins with a DurableCheckpointIO, unless there is a CheckpointIO among them."""
+    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+        given.append(DurableCheckpointIO(min_seconds))
+    return given
 
 
 def previous_path(path: Path) -> Path:
@@ -278,18 +287,23 @@ def _series(number: str) -> tuple[int, int]:
 
 
 def load_weights(model: pl.LightningModule, path: Path) -> None:
-    """Load a checkpoint's weights.
+    """Load a checkpoint's weights, but not into a module that is not complete yet, which Lightning does later.
 
     Raises:
         UserError: If the file is no checkpoint, is damaged, or is of another model.
     """
     checkpoint = load_checked(path)
+    if any(is_overridden(hook, model) for hook in ("configure_model", "setup", "on_load_checkpoint")):
+        return  # layers, or the checkpoint's names, may be made there
     try:
-        model.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is a checkpoint of another model than {type(model).__name__}: {_first_key(error)}"
-        ) from error
+        raise of_another_model(path, model, error) from error
+
+
+def of_another_model(path: Path, model: pl.LightningModule, error: Exception) -> UserError:
+    """Return what to say where a checkpoint's weights do not fit."""
+    return UserError(f"{path} is a checkpoint of another model than {type(model).__name__}: {_first_key(error)}")
 
 
 def _first_key(error: Exception) -> str:

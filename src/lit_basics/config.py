@@ -97,6 +97,11 @@ class Config(LightningCLI):
             with import_policy(self._allowed):
                 self.config = parser.parse_args(args)
                 check_functions(self.config, class_defaults)
+            for name in RUN_KEYS:
+                # the run's directory is found before the configuration is read
+                typed = any(word.partition("=")[0] == f"--{name}" for word in args)
+                if name != "ckpt_path" and self.config[name] and not typed:
+                    raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
             seed = self.config.seed_everything
             if not isinstance(seed, bool) and not 0 <= seed < 2**32:
                 raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
@@ -173,26 +178,31 @@ def written_keys(args: list[str]) -> set[str]:
     """Return the dotted keys that a config file or a typed option gives, without ``init_args``."""
     keys: set[str] = set()
 
-    def walk(value: Any, parts: list[str]) -> None:
+    def walk(value: Any, parts: list[str], folder: Path) -> None:
         parts = [part for part in parts if part not in ("init_args", "dict_kwargs", "")]
         keys.add(".".join(parts))
-        if isinstance(value, dict):
+        if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and (folder / value).is_file():
+            walk_file(folder / value, parts)  # a file in the place of a class or of arguments, as jsonargparse has it
+        elif isinstance(value, dict):
             for name, inner in value.items():
-                walk(inner, [*parts, *str(name).rstrip("+").split(".")])
+                walk(inner, [*parts, *str(name).rstrip("+").split(".")], folder)
+
+    def walk_file(path: Path, parts: list[str]) -> None:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_size(content, str(path))
+        walk(content, parts, path.parent)
 
     for name in config_names(args):
-        walk(yaml.safe_load(Path(name).read_text(encoding="utf-8")), [])
+        walk_file(Path(name), [])
     for word, following in zip(args, [*args[1:], ""], strict=True):
         if word.startswith("--"):
             key, equals, value = word.removeprefix("--").partition("=")
-            value = value if equals else following
-            if value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file():
-                value = Path(value).read_text(encoding="utf-8")
             try:
-                content = yaml.safe_load(value)  # {"class_path": ..., "init_args": ...}, typed as it stands
+                # {"class_path": ..., "init_args": ...}, typed as it stands
+                content = yaml.safe_load(value if equals else following)
             except yaml.YAMLError:
                 content = None
-            walk(content, key.rstrip("+").split("."))
+            walk(content, key.rstrip("+").split("."), Path())
     return keys
 
 
@@ -350,12 +360,21 @@ def config_path(name: str) -> Path:
         where = f" at line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or type(error).__name__
         raise UserError(f"--config {name}: not a YAML text file{where} ({reason})") from error
-    if sum(1 for _ in zip(_values(content), range(MANY_VALUES + 1), strict=False)) > MANY_VALUES:
-        raise UserError(f"--config {name}: the file holds more than {MANY_VALUES} values, or one that contains itself")
+    check_size(content, f"--config {name}")
     if not isinstance(content, dict):
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise UserError(f"--config {name}: the file {what}")
     return path
+
+
+def check_size(content: Any, name: str) -> None:
+    """Refuse the content of a file that is too large with its aliases written out.
+
+    Raises:
+        UserError: If it is.
+    """
+    if sum(1 for _ in zip(_values(content), range(MANY_VALUES + 1), strict=False)) > MANY_VALUES:
+        raise UserError(f"{name}: the file holds more than {MANY_VALUES} values, or one that contains itself")
 
 
 def _values(content: Any, depth: int = 0) -> Iterator[None]:

@@ -1,13 +1,15 @@
 """``validate``, ``test`` and ``predict``: a run's weights on its data."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_basics.checkpoint_io import load_weights
+from lit_basics.checkpoint_io import load_weights, of_another_model, with_durable_checkpoints
 from lit_basics.config import Config, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
@@ -31,12 +33,21 @@ def evaluate(command: str, args: list[str]) -> None:
     bare = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
     arguments = with_progress_bar({**config.trainer_arguments, **bare})
     arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
+    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
     trainer = pl.Trainer(**arguments)
-    if command == "predict":
-        _predict(trainer, config, Path(directory) if directory else path.parent)
-        return
-    evaluate_method = trainer.validate if command == "validate" else trainer.test
-    evaluate_method(config.model, datamodule=config.datamodule, verbose=False)
+    known: dict[str, Any] = {"datamodule": config.datamodule, "ckpt_path": str(path), "weights_only": True}
+    # of the callbacks that only a fit has
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+    try:
+        if command == "predict":
+            _predict(trainer, config.model, known, Path(directory) if directory else path.parent)
+            return
+        evaluate_method = trainer.validate if command == "validate" else trainer.test
+        evaluate_method(config.model, **known, verbose=False)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise of_another_model(path, config.model, error) from error
     if trainer.is_global_zero:
         if not trainer.callback_metrics:
             raise UserError(f"there is nothing to {command} on: the data has no {command} images")
@@ -44,10 +55,10 @@ def evaluate(command: str, args: list[str]) -> None:
             print(f"{name} {value:.6g}")
 
 
-def _predict(trainer: pl.Trainer, config: Config, directory: Path) -> None:
+def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, Any], directory: Path) -> None:
     if trainer.world_size > 1:
         raise UserError("predict runs in one process: --trainer.devices 1")
-    batches = trainer.predict(config.model, datamodule=config.datamodule)
+    batches = trainer.predict(model, **known)
     outputs = torch.cat([torch.as_tensor(batch) for batch in batches or []]).float().numpy()
     arrays = {"outputs": outputs}
     if outputs.ndim == 2:

@@ -6,12 +6,10 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -22,7 +20,7 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import DurableCheckpointIO, load_weights
+from lit_basics.checkpoint_io import load_weights, with_durable_checkpoints
 from lit_basics.config import Config, with_progress_bar
 from lit_basics.errors import UserError, shortened
 from lit_basics.evaluating import checkpoint_path
@@ -68,17 +66,15 @@ def fit(args: list[str]) -> None:
         rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
         raise SystemExit(1) from error
     except Exception as error:
-        frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        if (
-            config.config.ckpt_path
-            and frames & RESTORING
-            and not isinstance(error, (UserError, OSError, MisconfigurationException))
-        ):
+        known = isinstance(error, (UserError, OSError, MisconfigurationException))
+        if config.config.ckpt_path and not known and _was_restoring(trainer, error):
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
-        if not config.resumed and (trainer is None or not trainer.global_step):
-            remove_traces(directory, made)
+        # a module that steps its optimizer past Lightning has no global_step
+        begun = trainer is not None and (trainer.global_step > 0 or trainer.fit_loop.total_batch_idx > 0)
+        if not config.resumed and not begun:
+            remove_traces(made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
             if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError):
                 reason = shortened(str(error).splitlines()[0])
@@ -93,6 +89,15 @@ def fit(args: list[str]) -> None:
             print(f"best checkpoint: {best.best_model_path} ({best.monitor} {best.best_model_score.item():.4g})")
 
 
+def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
+    """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
+    if trainer is None or any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks):  # type: ignore[attr-defined]
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).parent
+    return any(f.name in RESTORING and (f.name != "on_train_start" or ours in Path(f.filename).parents) for f in frames)
+
+
 def _after_non_finite(directory: Path) -> str:
     last = directory / "checkpoints" / "last.ckpt"
     if not last.exists():
@@ -104,7 +109,7 @@ def _after_non_finite(directory: Path) -> str:
 
 
 def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
-    """Return the configuration, the run's directory and the folders that were made for it."""
+    """Return the configuration, the run's directory, and what was made for it."""
     resume, run_dir = option(args, "--resume"), option(args, "--run_dir")
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     if found is None:
@@ -182,14 +187,6 @@ def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback
     return [*callbacks, NonFiniteGuard()] if config.config.non_finite_guard and not there else callbacks
 
 
-def with_durable_checkpoints(plugins: Any, min_seconds: float) -> list[Any]:
-    """Return the Trainer's plugins with a DurableCheckpointIO, unless the user has given a CheckpointIO."""
-    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
-        given.append(DurableCheckpointIO(min_seconds))
-    return given
-
-
 class _NoProfiler(PassThroughProfiler):
     """Profiles nothing, in a context that is made once and not for each call of each callback."""
 
@@ -226,6 +223,7 @@ class _RunFiles(pl.Callback):
 
     def __init__(self, config: Config, directory: Path) -> None:
         self.config, self.directory = config, directory
+        self.written = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.checkpoint_callbacks:
@@ -241,6 +239,7 @@ class _RunFiles(pl.Callback):
                 file.write(text.encode())
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
+        self.written = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, OneCycleLR, SequentialLR
 
-from lit_basics.checkpoint_io import is_whole, load_checked
+from lit_basics.checkpoint_io import is_whole, load_checked, previous_path
 from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
 
@@ -33,31 +33,58 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
         name: The recipe whose runs ``auto`` looks through, if none was typed.
 
     Returns:
-        None if ``auto`` finds none.
+        None if ``auto`` finds none, and no checkpoint in ``run_dir`` that a new run would write over.
 
     Raises:
-        UserError: If ``resume`` is a path without a good checkpoint or configuration.
+        UserError: If ``resume`` is a path without a good checkpoint or configuration, or ``run_dir`` has none but
+            damaged ones.
     """
     if resume == "auto":
-        runs = [Path(run_dir)] if run_dir else sorted(Path("runs", name).glob("*"), reverse=True)
+        runs = [Path(run_dir)] if run_dir else sorted(Path("runs", name).glob("*"), key=_saved_at, reverse=True)
         for directory in runs:
-            checkpoint = directory / "checkpoints" / "last.ckpt"
-            try:
-                load_checked(checkpoint)
-            except UserError:
-                if is_whole(checkpoint):
-                    raise  # of a newer version, or with other things than tensors: beginning anew would lose it
-                continue
-            if (directory / "config.yaml").is_file():
-                return directory, checkpoint
+            checkpoint, damages = _newest_good(directory)
+            if checkpoint is not None and (run_dir or (directory / "config.yaml").is_file()):
+                for damage in damages:
+                    rank_zero_warn(f"{damage}; going on from {checkpoint}")
+                return _checked_directory(directory, resume), checkpoint
+            if run_dir and damages:
+                raise UserError(f"{damages[0]}, and {directory} has no good one; to start anew, name another --run_dir")
+            for damage in damages:
+                rank_zero_warn(f"{damage}; looking for an earlier run")
         return None
     path = Path(resume)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     load_checked(checkpoint)
-    directory = Path(run_dir) if run_dir else checkpoint.parent.parent
+    return _checked_directory(Path(run_dir) if run_dir else checkpoint.parent.parent, resume), checkpoint
+
+
+def _saved_at(directory: Path) -> float:
+    """Return the time of a run's newest checkpoint, 0 without one."""
+    return max((file.stat().st_mtime for file in directory.glob("checkpoints/*.ckpt")), default=0.0)
+
+
+def _newest_good(directory: Path) -> tuple[Path | None, list[str]]:
+    """Return a run's newest good checkpoint, and what is wrong with the newer ones."""
+    damages = []
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint = directory / "checkpoints" / name
+        if not checkpoint.exists() and not previous_path(checkpoint).exists():
+            continue
+        try:
+            load_checked(checkpoint)
+        except UserError as error:
+            if is_whole(checkpoint):
+                raise  # of a newer version, or with other things than tensors: beginning anew would lose it
+            damages.append(str(error))
+        else:
+            return checkpoint, damages
+    return None, damages
+
+
+def _checked_directory(directory: Path, resume: str) -> Path:
     if not (directory / "config.yaml").is_file():
         raise UserError(f"--resume {resume}: there is no config.yaml in {directory}; is it a run's directory?")
-    return directory, checkpoint
+    return directory
 
 
 def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = False) -> dict[str, Any]:
@@ -72,11 +99,14 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
         UserError: If a value differs that the run cannot go on with.
     """
     before, after = _flat(saved), _flat(typed)
-    changes = {key: value for key, value in after.items() if before.get(key) != value}
+    # a class in the place of which is now null is there by its arguments only
+    nulled = {key for key, value in after.items() if value is None and any(k.startswith(f"{key}.") for k in before)}
+    changes = {key: value for key, value in after.items() if before.get(key) != value or key in nulled}
     arguments = {}
     for key, value in changes.items():
         short = key.replace(".init_args", "")
-        was = f"--{short} {value}: the run to resume has {before.get(key)}"
+        old = before.get(f"{key}.class_path", "one") if key in nulled else before.get(key)
+        was = f"--{short} {value}: the run to resume has {old}"
         if key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER):
             arguments[key.removeprefix(OPTIMIZER)] = value
         elif key.startswith(RESTORED):
@@ -86,7 +116,7 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
                 f"{was}; start a new run for another net, data, order or seed, or add --resume_reset to keep the "
                 "weights and the optimizer and begin the data anew"
             )
-        rank_zero_only(print)(f"resuming with {short} {value} (was {before.get(key)})")
+        rank_zero_only(print)(f"resuming with {short} {value} (was {old})")
     return arguments
 
 

@@ -16,6 +16,8 @@ _RUN_DIR = "LIT_BASICS_RUN_DIR"
 
 CONTENTS = ("config.yaml", "metrics.csv", "checkpoints", "best.pth")
 """What a run leaves in its directory, next to its loggers' files."""
+WRITTEN = CONTENTS[:2]
+"""What is there before the first step."""
 TRIAL = 1 << 18
 """Bytes of a trial file: more than an empty file, which a full disk still takes, and soon written."""
 
@@ -29,7 +31,8 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
         may_exist: Whether the chosen one may hold a run.
 
     Returns:
-        The directory, and the folders that were made for it, the innermost first.
+        The directory, and what :func:`remove_traces` may remove: the files of a run that were not there before, and
+        the folders that were made, the innermost first.
 
     Raises:
         UserError: If the chosen one holds a run, or none can be made.
@@ -51,6 +54,7 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
                     raise
                 count += 1
                 directory = stamp.with_name(f"{stamp.name}-{count}")
+        made = [*(directory / name for name in WRITTEN if not (directory / name).exists()), *made]
         if not may_exist and any((directory / name).exists() for name in CONTENTS):
             raise UserError(
                 f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
@@ -60,7 +64,7 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
     try:
         check_writable(directory)
     except UserError:
-        remove_traces(directory, made)
+        remove_traces(made)
         raise
     share(directory)
     return directory, made
@@ -91,12 +95,14 @@ def share(directory: Path) -> None:
     os.environ[_RUN_DIR] = str(directory.resolve())
 
 
-def remove_traces(directory: Path, made: list[Path]) -> None:
-    """Remove what a run that made no step has left, so that the same command can be given again."""
+def remove_traces(made: list[Path]) -> None:
+    """Remove what a run that made no step has left, so that the same command can be given again.
+
+    Args:
+        made: Files and folders that were not there before the run.
+    """
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
-    for name in ("config.yaml", "metrics.csv"):
-        (directory / name).unlink(missing_ok=True)
-    for folder in made:
-        with contextlib.suppress(OSError):  # somebody else's files are in it by now
-            folder.rmdir()
+    for path in made:
+        with contextlib.suppress(OSError):  # not written yet; or somebody else's files are in the folder by now
+            path.rmdir() if path.is_dir() else path.unlink()

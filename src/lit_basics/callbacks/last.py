@@ -79,6 +79,7 @@ def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:
     """
     if not halfway and (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
         return False
-    check = trainer.val_check_batch
-    validates = check not in (None, float("inf")) and (trainer.fit_loop.batch_idx + 1) % int(check) == 0
+    check, loop = trainer.val_check_batch, trainer.fit_loop
+    done = 1 + (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx)
+    validates = check not in (None, float("inf")) and done % int(check) == 0
     return not trainer.is_last_batch and not validates
