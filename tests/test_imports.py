@@ -62,6 +62,8 @@ HOSTILE = {
     "a command line": called("lightning.pytorch.cli.LightningCLI", args=[]),
     "an unpickling function": called("lightning.fabric.utilities.cloud_io._load", path_or_url="bomb.ckpt"),
     "an unpickling method": called("lit_basics.LitLeNet5.load_from_checkpoint", checkpoint_path="bomb.ckpt"),
+    "an unpickling data pipe": called("torch.utils.data.datapipes.iter.RoutedDecoder", datapipe=[]),
+    "an unpickling data set": called("torchvision.datasets.LSUNClass", root="."),
     "a method, uncalled": called("lightning.pytorch.LightningModule.load_from_checkpoint"),
     "our own importing function": called("lit_basics.config.class_defaults", class_path="hostile_module.Thing"),
     "our own command line": called("lit_basics.cli.main", args=["fit"]),

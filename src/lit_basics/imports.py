@@ -33,7 +33,8 @@ LIBRARIES = (
 """What any config may name, and what lies in it."""
 FUNCTIONS = ("torch.nn.functional", "torchvision.models", "torchvision.transforms", "torchmetrics.functional")
 """Where a config may name functions too: elsewhere some would import or unpickle what they are given."""
-NEVER = ("*", "lightning.pytorch.cli")  # a command line of its own within ours
+NEVER = ("*", "lightning.pytorch.cli", "torch.utils.data.datapipes", "torchvision.datasets.lsun")
+"""A command line of its own within ours, and what unpickles files or bytes."""
 FLAG = "--allow_import"
 
 
