@@ -1,5 +1,6 @@
 """The progress bar, fed from the recorder."""
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,16 +8,29 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lit_basics.recording import recorder_of
 
+MIN_SECONDS = 0.1
+"""Between two refreshes, as tqdm's own: a refresh takes as long as a step of a small net."""
+
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar with the newest ``train/loss``, which costs no host sync of its own.
 
     Args:
-        refresh_rate: Batches between two refreshes.
+        refresh_rate: Batches between two refreshes, which are a tenth of a second apart at least.
     """
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self._refreshed_at = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refresh the bar if it is time, and at the end of the epoch."""
+        due = self.is_enabled and (batch_idx + 1) % self.refresh_rate == 0
+        if (due and time.monotonic() - self._refreshed_at >= MIN_SECONDS) or trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._refreshed_at = time.monotonic()
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return what stands at the end of the bar."""
