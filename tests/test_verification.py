@@ -371,6 +371,15 @@ def test_by_command_nothing_is_touched(tmp_path, capsys):
     ]
 
 
+def test_by_command_one_callback_needs_no_list(tmp_path, capsys):
+    """Without the list around it ``with_guard`` is a TypeError."""
+    (tmp_path / "one.yaml").write_text("trainer: {callbacks: {class_path: lightning.pytorch.callbacks.Timer}}")
+    words = ["--config", str(tmp_path / "one.yaml"), "--model", "LitBlitzNet", "--data", "SyntheticCIFAR10"]
+    sizes = ["--data.train_images", "60", "--data.batch_size", "8"]
+    assert main(["verify", *words, *sizes, "--checks", "loop", "--steps", "2"]) == 0
+    assert "loop    passed" in capsys.readouterr().out
+
+
 def test_by_command_a_failure_is_exit_code_1(tmp_path, capsys):
     words = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
     assert main(["verify", *words, "--checks", "resume", "--steps", "4"]) == 1
