@@ -21,8 +21,9 @@ from lightning.pytorch.demos.boring_classes import (
 )
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_basics import (
     DurableCheckpointIO,
@@ -199,6 +200,45 @@ def test_a_module_that_needs_a_trainer_has_no_plain_loop():
     line = NeedsTrainer.training_step.__code__.co_firstlineno + 1
     assert f"it needs a Trainer: RuntimeError at test_verification.py:{line}" in report["loop"].text
     assert "Plain has one mode" in report["manual"].text.replace("NeedsTrainer", "Plain")
+
+
+class InContainer(Plain):
+    """Takes batches of several loaders."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"] if isinstance(batch, dict) else batch[0], batch_idx)
+
+
+@pytest.mark.parametrize(
+    "loaders",
+    [
+        [loader(shuffle=True)],
+        {"a": loader(shuffle=True)},
+        {"a": loader(shuffle=True), "b": [loader(shuffle=False)]},
+        CombinedLoader({"a": loader(shuffle=True), "b": loader(shuffle=False)}, "min_size"),
+    ],
+    ids=["list of one", "dict of one", "two", "combined"],
+)
+def test_loaders_in_a_container_have_a_plain_loop(loaders):
+    """With the container in the place of its one loader ``training_step`` gets a loader, or 'a', for a batch."""
+    report = verify(InContainer(), loaders, checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class NoLength(IterableDataset):
+    """Five batches, which nobody knows before."""
+
+    def __iter__(self):
+        yield from zip(*loader(shuffle=False).dataset[:40], strict=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_loader_without_length_that_ends_before_the_limit_has_a_plain_loop(accumulate):
+    """A ``last`` where the loader ends differs: with a limit Lightning makes no step of what remains there."""
+    data = DataLoader(NoLength(), batch_size=8)
+    settings = {**EXACT, "accumulate_grad_batches": accumulate}
+    report = verify(Plain(), data, checks=["loop"], steps=9, **settings)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
 class ByEpoch(Plain):

@@ -80,7 +80,7 @@ class Subject:
         """Batches of an optimizer step."""
         return int(self.arguments.get("accumulate_grad_batches") or 1)
 
-    def limit(self, steps: int) -> int | float:
+    def limit(self, steps: int) -> int:
         """Return the batches of an epoch: a third of the run, unless the user wants fewer."""
         wanted = self.arguments.get("limit_train_batches")
         limit = math.ceil(steps / 3) * self.accumulate
