@@ -37,6 +37,7 @@ from lit_basics import (
     verify,
 )
 from lit_basics.cli import main
+from lit_basics.verification.tracing import largest_difference
 
 EXACT = {"callbacks": [RandomState()], "plugins": [DurableCheckpointIO()], "progress": False}
 
@@ -78,6 +79,26 @@ def images(**options):
 
 def outcomes(report):
     return {verdict.check: verdict.outcome for verdict in report.verdicts}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "largest"),
+    [
+        ([1 + 5j], [1 - 5j], 10.0),
+        ([1 + 5j], [1 + 5j], 0.0),
+        ([NAN, 1.0], [NAN, 1.5], 0.5),
+        ([NAN, 1.0], [1.0, 1.0], INF),
+        ([-INF, 1.0], [-INF, 1.5], 0.5),
+        ([-INF, 1.0], [INF, 1.0], INF),
+        ([3, 5], [3, 7], 2.0),
+    ],
+)
+def test_largest_difference(value, expected, largest):
+    """Complex numbers by both their parts; what is NaN, or the same infinity, in both does not differ."""
+    assert largest_difference(torch.tensor(value), torch.tensor(expected)) == largest
 
 
 def test_our_own_module_passes_every_check():

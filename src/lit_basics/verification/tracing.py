@@ -162,11 +162,13 @@ def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
         return float("inf")
     if torch.equal(value, expected):
         return 0.0
+    if value.is_complex():
+        value, expected = (torch.view_as_real(one.resolve_conj()) for one in (value, expected))
     if not value.is_floating_point():
         return float((value.long() - expected.long()).abs().max())
     difference = (value.double() - expected.double()).abs()
-    both_nan = value.isnan() & expected.isnan()
-    return float(torch.where(both_nan, 0.0, difference).nan_to_num(nan=float("inf")).max())
+    equal = (value == expected) | (value.isnan() & expected.isnan())  # infinities too, whose difference is NaN
+    return float(torch.where(equal, 0.0, difference).nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
 def digest(batch: Any) -> str:
