@@ -166,6 +166,18 @@ def test_a_metric_of_one_rank_only_fails():
     assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
 
 
+class Undefined(Plain):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val_undefined", NAN, sync_dist=True)
+
+
+def test_a_metric_that_is_undefined_everywhere_is_the_same():
+    """Without ``isnan`` in ``same_metric`` it "is nan on rank 0 of two, nan in one process"."""
+    report = verify(Undefined(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
 def test_a_summed_loss_fails_on_two_ranks():
     report = verify(Plain(samples=64, reduction="sum"), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert "two ranks differ from one process on the same global batch at step 1: net.0.weight" in report["ddp"].text

@@ -4,6 +4,7 @@ Every run of a check is a process of its own, on the CPU, in one thread, and wri
 """
 
 import inspect
+import math
 import random
 import shutil
 import signal
@@ -293,7 +294,7 @@ class Verification:
         for rank, (_, values) in enumerate(ranks):
             for name, expected in metrics.items():
                 value = values.get(name, float("nan"))
-                if not abs(value - expected) <= METRIC_TOLERANCE * max(1.0, abs(expected)) and value != expected:
+                if name not in values or not same_metric(value, expected):
                     raise Failed(
                         f"{name} is {value:.6g} on rank {rank} of two, {expected:.6g} in one process: it is the "
                         "mean of that rank's batches; log it with sync_dist=True, or as a torchmetrics metric"
@@ -400,6 +401,12 @@ class Verification:
 
 class Failed(Exception):
     """Why a check failed."""
+
+
+def same_metric(value: float, expected: float) -> bool:
+    """Return whether two values of a metric are the same, but for rounding; NaN is the same as NaN."""
+    close = abs(value - expected) <= METRIC_TOLERANCE * max(1.0, abs(expected))
+    return close or value == expected or (math.isnan(value) and math.isnan(expected))
 
 
 def assert_same_length(trace: Trace, reference: Trace) -> None:
