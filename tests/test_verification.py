@@ -216,6 +216,29 @@ class Own(Plain):
                 self.net[3].bias.add_(1)
 
 
+class Diverging(Plain):
+    """Has a mask, whose elements are never finite."""
+
+    def __init__(self, factor=1.0):
+        super().__init__(samples=64)
+        self.factor = factor
+        self.register_buffer("mask", torch.full((2,), -INF))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor
+
+
+def test_a_training_that_diverges_proves_nothing():
+    """Without ``assert_finite`` every check passes, as NaN is the same as NaN."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8)
+    checks = ["loop", "resume", "ddp", "kill"]
+    report = verify(Diverging(NAN), data, checks=checks, steps=4, **EXACT)
+    assert outcomes(report) == dict.fromkeys(checks, "not applicable"), str(report)
+    for verdict in report.verdicts:
+        assert verdict.text == "the weights are not finite after step 1: nothing can be compared"
+    assert verify(Diverging(), data, checks=["loop", "ddp"], steps=4, **EXACT).passed
+
+
 def test_a_changed_update_fails_against_the_plain_loop():
     report = verify(Own(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
     assert "at step 4: net.3.bias by 1" in report["loop"].text

@@ -27,7 +27,7 @@ from lit_basics.errors import UserError, nearest
 from lit_basics.modules import LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
 from lit_basics.verification.plain_loop import NotApplicable
-from lit_basics.verification.ranks import RANKS, environments, has_samples, joined
+from lit_basics.verification.ranks import RANKS, Recorded, environments, has_samples, joined
 from lit_basics.verification.report import Outcome, Report, Verdict
 from lit_basics.verification.runs import Subject
 from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference
@@ -170,6 +170,7 @@ class Verification:
         """Return the trace of the uninterrupted run, made at the first call.
 
         Raises:
+            NotApplicable: If it diverges.
             RunError: If it makes no step, or if it does not come out the same twice.
         """
         if self._reference is None:
@@ -178,6 +179,7 @@ class Verification:
             )
             if not trace.steps:
                 raise RunError("no optimizer step")
+            assert_finite(trace.diverged)
             again: Trace = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
             if again.difference is not None:
                 raise RunError(
@@ -191,7 +193,7 @@ class Verification:
         """Return the trace of a run without validation and callbacks, made at the first call.
 
         Raises:
-            NotApplicable: If only with them it trains.
+            NotApplicable: If only with them it trains, or if it diverges.
         """
         if self._bare is None:
             try:
@@ -199,6 +201,7 @@ class Verification:
             except RunError as error:
                 self.reference()
                 raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
+        assert_finite(self._bare.diverged)
         return self._bare
 
     def loop(self) -> str:
@@ -308,9 +311,9 @@ class Verification:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
                 epochs = [
                     [joined(list(batches)) for batches in zip(*epochs, strict=False)]
-                    for epochs in zip(*(epochs for epochs, _ in ranks), strict=False)
+                    for epochs in zip(*(rank.epochs for rank in ranks), strict=False)
                 ]
-                _, alone = self.one(
+                alone: Recorded = self.one(
                     partial(self.subject.replay, folder=self.folder, epochs=epochs, precision=precision)
                 )
             except RunError:
@@ -322,14 +325,14 @@ class Verification:
                 reason = str(error).splitlines()[0]
                 raise NotApplicable(f"the ranks' batches cannot be put together into one: {reason}") from error
             break
-        (first, _), (second, _) = ranks
-        if first[0] and has_samples(first[0][0]) and digest(first[0][0]) == digest(second[0][0]):
+        first, second = (rank.epochs[0] for rank in ranks)
+        if first and has_samples(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
-        lengths = {len(alone), *(len(states) for _, states in ranks)}
-        if len(lengths) > 1 or not alone:
-            raise Failed(f"two ranks made {[len(states) for _, states in ranks]} steps, one process {len(alone)}")
+        steps, made = len(alone.states), [len(rank.states) for rank in ranks]
+        if {steps} != set(made) or not steps:
+            raise Failed(f"two ranks made {made} steps, one process {steps}")
         compared = 0
-        for step, states in enumerate(zip(*(states for _, states in ranks), alone, strict=False), 1):
+        for step, states in enumerate(zip(*(rank.states for rank in ranks), alone.states, strict=True), 1):
             for name, expected in states[-1].items():
                 for state in states[:-1]:
                     compared += 1
@@ -343,7 +346,8 @@ class Verification:
                         )
         if not compared:
             raise Failed("there was nothing to compare: the module has no parameters")
-        return len(alone), compared
+        assert_finite(alone.diverged)
+        return steps, compared
 
     def _ranks(self, work: Callable[[Callable[[int], None]], Any]) -> list[Any]:
         self.bar.total += RANKS
@@ -401,6 +405,16 @@ class Verification:
 
 class Failed(Exception):
     """Why a check failed."""
+
+
+def assert_finite(diverged: int) -> None:
+    """Say nothing of a training whose weights were not finite after the step ``diverged``: NaN equals any NaN.
+
+    Raises:
+        NotApplicable: If it is not 0.
+    """
+    if diverged:
+        raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
 
 
 def same_metric(value: float, expected: float) -> bool:

@@ -48,6 +48,8 @@ class Trace:
     random: dict[int, str] = field(default_factory=dict)
     """Digest of the random generators before each training batch."""
     checkpoints: list[Path] = field(default_factory=list)
+    diverged: int = 0
+    """The first step after which a trained parameter was not finite, in a run without a reference; 0 if all were."""
     compared: int = 0
     """Tensors compared with the reference."""
     difference: Difference | None = None
@@ -121,6 +123,8 @@ class Tracer(Checkpoint):
             self.trace.steps = trainer.global_step
             state = training_state(pl_module, trainer.optimizers)
             if self.reference is None:
+                if not (self.trace.diverged or finite(pl_module)):
+                    self.trace.diverged = self.trace.steps
                 torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
             else:
                 self.trace.compare(self.trace.steps, state, self.reference)
@@ -154,6 +158,11 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
                 if isinstance(value, Tensor):
                     state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = value.detach().clone()
     return state
+
+
+def finite(module: torch.nn.Module) -> bool:
+    """Return whether all trained parameters are finite; buffers, such as masks, need not be."""
+    return all(bool(one.isfinite().all()) for one in module.parameters() if one.requires_grad)
 
 
 def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
