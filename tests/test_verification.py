@@ -1,5 +1,7 @@
 """``verify`` passes what is exact, and finds the faults of what is not, with their causes."""
 
+import importlib
+import json
 import os
 import random
 import signal
@@ -451,6 +453,24 @@ def test_a_demo_module_gets_verdicts():
 def test_a_run_that_fails_is_a_verdict_with_its_line():
     report = verify(Plain(), loader(shuffle=False), checks=["resume"], steps=4, gradient_clip_algorithm="x", **EXACT)
     assert "the run ended in MisconfigurationException" in report["resume"].text
+
+
+class Misread(Plain):
+    def training_step(self, batch, batch_idx):
+        return json.loads("{")
+
+
+class Misnamed(Plain):
+    def training_step(self, batch, batch_idx):
+        return importlib.import_module("not_there")
+
+
+@pytest.mark.parametrize(("model", "kind"), [(Misread, "JSONDecodeError"), (Misnamed, "ModuleNotFoundError")])
+def test_a_run_that_fails_in_the_standard_library_is_named_by_the_users_line(model, kind):
+    """Without its folder among the libraries it is "at decoder.py:353", and "at <frozen importlib._bootstrap>"."""
+    report = verify(model(), loader(shuffle=False), checks=["resume"], steps=4, **EXACT)
+    line = model.training_step.__code__.co_firstlineno + 1
+    assert f"the run ended in {kind} at test_verification.py:{line}: " in report["resume"].text
 
 
 def test_by_command_nothing_is_touched(tmp_path, capsys):
