@@ -185,6 +185,46 @@ def test_a_summed_loss_fails_on_two_ranks():
     assert "two ranks differ from one process on the same global batch at step 1: net.0.weight" in report["ddp"].text
 
 
+class Gentle(Plain):
+    """Trains by hardly visible updates, and loses ``lost`` samples of each batch."""
+
+    def __init__(self, lr, lost=0, single=False):
+        super().__init__(samples=64)
+        self.lr, self.lost, self.single = lr, lost, single
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch[0][self.lost :], batch[1][self.lost :]
+        return super().training_step((x.float() if self.single else x, y), batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class GentleSGD(Gentle):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lr", "single"),
+    [(Gentle, 1e-9, False), (GentleSGD, 1e-8, False), (GentleSGD, 3e-5, True)],
+    ids=["AdamW", "SGD", "SGD in float32"],
+)
+def test_a_lost_sample_fails_on_two_ranks_however_small_the_updates(kind, lr, single):
+    """By absolute tolerances, 1e-8 in float64 and else 1e-5, it passes."""
+    report = verify(kind(lr, lost=1, single=single), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert "two ranks differ from one process on the same global batch" in report["ddp"].text
+    report = verify(kind(lr, single=single), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+def test_updates_below_the_rounding_of_the_weights_say_nothing_of_ranks():
+    """Without ``TELLING`` it passes, though samples are lost."""
+    report = verify(Gentle(1e-8, lost=1, single=True), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "in 5 steps no weight moves by more than " in report["ddp"].text
+
+
 class Counting(LitBlitzNet):
     """Keeps in an attribute, which no checkpoint holds, how it trains."""
 

@@ -43,6 +43,8 @@ class Recorded:
 
     epochs: list[list[Any]] = dataclasses.field(default_factory=list)
     """The training batches of each epoch."""
+    initial: State = dataclasses.field(default_factory=dict)
+    """The trained parameters before the first step."""
     states: list[State] = dataclasses.field(default_factory=list)
     """Parameters and buffers after each step."""
     diverged: int = 0
@@ -56,7 +58,9 @@ class Recorder(pl.Callback):
         self.recorded = Recorded()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        """Keep the weights; hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
+        self.recorded.initial = {name: value.detach().clone() for name, value in trained.items()}
         for module in pl_module.modules():
             if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or hasattr(module, "dropout"):
                 module.training = False  # and not that of the modules in it

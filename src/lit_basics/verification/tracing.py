@@ -180,6 +180,15 @@ def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
     return float(torch.where(equal, 0.0, difference).nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
+def rounding(value: Tensor, steps: int) -> float:
+    """Return by how much rounding alone can make two runs differ in a tensor, after as many updates of it."""
+    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+        return 0.0
+    magnitude = float(value.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    # half an eps for weight decay and half an eps for the update, in both runs
+    return 2 * steps * torch.finfo(value.dtype).eps * magnitude
+
+
 def digest(batch: Any) -> str:
     """Return a digest of all tensors and numbers in a batch."""
     total = hashlib.blake2b(digest_size=16)
