@@ -1,5 +1,7 @@
 """``verify`` passes what is exact, and finds the faults of what is not, with their causes."""
 
+import importlib
+import json
 import os
 import random
 import signal
@@ -21,8 +23,9 @@ from lightning.pytorch.demos.boring_classes import (
 )
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_basics import (
     DurableCheckpointIO,
@@ -36,6 +39,7 @@ from lit_basics import (
     verify,
 )
 from lit_basics.cli import main
+from lit_basics.verification.tracing import largest_difference
 
 EXACT = {"callbacks": [RandomState()], "plugins": [DurableCheckpointIO()], "progress": False}
 
@@ -77,6 +81,26 @@ def images(**options):
 
 def outcomes(report):
     return {verdict.check: verdict.outcome for verdict in report.verdicts}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "largest"),
+    [
+        ([1 + 5j], [1 - 5j], 10.0),
+        ([1 + 5j], [1 + 5j], 0.0),
+        ([NAN, 1.0], [NAN, 1.5], 0.5),
+        ([NAN, 1.0], [1.0, 1.0], INF),
+        ([-INF, 1.0], [-INF, 1.5], 0.5),
+        ([-INF, 1.0], [INF, 1.0], INF),
+        ([3, 5], [3, 7], 2.0),
+    ],
+)
+def test_largest_difference(value, expected, largest):
+    """Complex numbers by both their parts; what is NaN, or the same infinity, in both does not differ."""
+    assert largest_difference(torch.tensor(value), torch.tensor(expected)) == largest
 
 
 def test_our_own_module_passes_every_check():
@@ -144,9 +168,61 @@ def test_a_metric_of_one_rank_only_fails():
     assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
 
 
+class Undefined(Plain):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val_undefined", NAN, sync_dist=True)
+
+
+def test_a_metric_that_is_undefined_everywhere_is_the_same():
+    """Without ``isnan`` in ``same_metric`` it "is nan on rank 0 of two, nan in one process"."""
+    report = verify(Undefined(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
 def test_a_summed_loss_fails_on_two_ranks():
     report = verify(Plain(samples=64, reduction="sum"), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert "two ranks differ from one process on the same global batch at step 1: net.0.weight" in report["ddp"].text
+
+
+class Gentle(Plain):
+    """Trains by hardly visible updates, and loses ``lost`` samples of each batch."""
+
+    def __init__(self, lr, lost=0, single=False):
+        super().__init__(samples=64)
+        self.lr, self.lost, self.single = lr, lost, single
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch[0][self.lost :], batch[1][self.lost :]
+        return super().training_step((x.float() if self.single else x, y), batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class GentleSGD(Gentle):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lr", "single"),
+    [(Gentle, 1e-9, False), (GentleSGD, 1e-8, False), (GentleSGD, 3e-5, True)],
+    ids=["AdamW", "SGD", "SGD in float32"],
+)
+def test_a_lost_sample_fails_on_two_ranks_however_small_the_updates(kind, lr, single):
+    """By absolute tolerances, 1e-8 in float64 and else 1e-5, it passes."""
+    report = verify(kind(lr, lost=1, single=single), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert "two ranks differ from one process on the same global batch" in report["ddp"].text
+    report = verify(kind(lr, single=single), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+def test_updates_below_the_rounding_of_the_weights_say_nothing_of_ranks():
+    """Without ``TELLING`` it passes, though samples are lost."""
+    report = verify(Gentle(1e-8, lost=1, single=True), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "in 5 steps no weight moves by more than " in report["ddp"].text
 
 
 class Counting(LitBlitzNet):
@@ -182,6 +258,29 @@ class Own(Plain):
                 self.net[3].bias.add_(1)
 
 
+class Diverging(Plain):
+    """Has a mask, whose elements are never finite."""
+
+    def __init__(self, factor=1.0):
+        super().__init__(samples=64)
+        self.factor = factor
+        self.register_buffer("mask", torch.full((2,), -INF))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor
+
+
+def test_a_training_that_diverges_proves_nothing():
+    """Without ``assert_finite`` every check passes, as NaN is the same as NaN."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8)
+    checks = ["loop", "resume", "ddp", "kill"]
+    report = verify(Diverging(NAN), data, checks=checks, steps=4, **EXACT)
+    assert outcomes(report) == dict.fromkeys(checks, "not applicable"), str(report)
+    for verdict in report.verdicts:
+        assert verdict.text == "the weights are not finite after step 1: nothing can be compared"
+    assert verify(Diverging(), data, checks=["loop", "ddp"], steps=4, **EXACT).passed
+
+
 def test_a_changed_update_fails_against_the_plain_loop():
     report = verify(Own(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
     assert "at step 4: net.3.bias by 1" in report["loop"].text
@@ -199,6 +298,45 @@ def test_a_module_that_needs_a_trainer_has_no_plain_loop():
     line = NeedsTrainer.training_step.__code__.co_firstlineno + 1
     assert f"it needs a Trainer: RuntimeError at test_verification.py:{line}" in report["loop"].text
     assert "Plain has one mode" in report["manual"].text.replace("NeedsTrainer", "Plain")
+
+
+class InContainer(Plain):
+    """Takes batches of several loaders."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"] if isinstance(batch, dict) else batch[0], batch_idx)
+
+
+@pytest.mark.parametrize(
+    "loaders",
+    [
+        [loader(shuffle=True)],
+        {"a": loader(shuffle=True)},
+        {"a": loader(shuffle=True), "b": [loader(shuffle=False)]},
+        CombinedLoader({"a": loader(shuffle=True), "b": loader(shuffle=False)}, "min_size"),
+    ],
+    ids=["list of one", "dict of one", "two", "combined"],
+)
+def test_loaders_in_a_container_have_a_plain_loop(loaders):
+    """With the container in the place of its one loader ``training_step`` gets a loader, or 'a', for a batch."""
+    report = verify(InContainer(), loaders, checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class NoLength(IterableDataset):
+    """Five batches, which nobody knows before."""
+
+    def __iter__(self):
+        yield from zip(*loader(shuffle=False).dataset[:40], strict=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_loader_without_length_that_ends_before_the_limit_has_a_plain_loop(accumulate):
+    """A ``last`` where the loader ends differs: with a limit Lightning makes no step of what remains there."""
+    data = DataLoader(NoLength(), batch_size=8)
+    settings = {**EXACT, "accumulate_grad_batches": accumulate}
+    report = verify(Plain(), data, checks=["loop"], steps=9, **settings)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
 class ByEpoch(Plain):
@@ -357,6 +495,24 @@ def test_a_run_that_fails_is_a_verdict_with_its_line():
     assert "the run ended in MisconfigurationException" in report["resume"].text
 
 
+class Misread(Plain):
+    def training_step(self, batch, batch_idx):
+        return json.loads("{")
+
+
+class Misnamed(Plain):
+    def training_step(self, batch, batch_idx):
+        return importlib.import_module("not_there")
+
+
+@pytest.mark.parametrize(("model", "kind"), [(Misread, "JSONDecodeError"), (Misnamed, "ModuleNotFoundError")])
+def test_a_run_that_fails_in_the_standard_library_is_named_by_the_users_line(model, kind):
+    """Without its folder among the libraries it is "at decoder.py:353", and "at <frozen importlib._bootstrap>"."""
+    report = verify(model(), loader(shuffle=False), checks=["resume"], steps=4, **EXACT)
+    line = model.training_step.__code__.co_firstlineno + 1
+    assert f"the run ended in {kind} at test_verification.py:{line}: " in report["resume"].text
+
+
 def test_by_command_nothing_is_touched(tmp_path, capsys):
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart" / "mine").write_text("x")
@@ -369,6 +525,15 @@ def test_by_command_nothing_is_touched(tmp_path, capsys):
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         *("runs", "runs/quickstart", "runs/quickstart/mine"),
     ]
+
+
+def test_by_command_one_callback_needs_no_list(tmp_path, capsys):
+    """Without the list around it ``with_guard`` is a TypeError."""
+    (tmp_path / "one.yaml").write_text("trainer: {callbacks: {class_path: lightning.pytorch.callbacks.Timer}}")
+    words = ["--config", str(tmp_path / "one.yaml"), "--model", "LitBlitzNet", "--data", "SyntheticCIFAR10"]
+    sizes = ["--data.train_images", "60", "--data.batch_size", "8"]
+    assert main(["verify", *words, *sizes, "--checks", "loop", "--steps", "2"]) == 0
+    assert "loop    passed" in capsys.readouterr().out
 
 
 def test_by_command_a_failure_is_exit_code_1(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The one exception that means "the user's input is wrong": a message, exit code 2 and no traceback."""
 
 import difflib
+import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,7 +59,7 @@ def root_cause(error: BaseException) -> BaseException:
 def where(error: BaseException) -> str:
     """Return an exception's kind, the innermost line of the user's own code it came from, and its message."""
     frames = traceback.extract_tb(error.__traceback__)
-    libraries = ("site-packages", str(Path(__file__).parent))
+    libraries = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
     own = [frame for frame in frames if not any(library in frame.filename for library in libraries)]
     reason = str(error).splitlines()[0] if str(error) else "no message"
     place = f" at {Path((own or frames)[-1].filename).name}:{(own or frames)[-1].lineno}" if frames else ""

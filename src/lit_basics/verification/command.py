@@ -27,7 +27,9 @@ def verify_config(args: list[str]) -> None:
     config.config.trainer.logger = False
     config.build()
     arguments = dict(config.trainer_arguments)
-    arguments["callbacks"] = [*with_guard(config, arguments["callbacks"] or []), RandomState()]
+    callbacks = arguments["callbacks"] or []
+    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    arguments["callbacks"] = [*with_guard(config, callbacks), RandomState()]
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], min_seconds=0)
     report = verify(
         config.model,

@@ -34,7 +34,7 @@ def plain_loop(
     loaders: Any,
     *,
     steps: int,
-    batches: int | float,
+    batches: int,
     precision: str,
     accumulate: int,
     max_epochs: int,
@@ -76,13 +76,10 @@ def plain_loop(
             owner.setup("fit")
     module.configure_model()
     source = loaders if loaders is not None else (datamodule or module).train_dataloader()
-    loader = source if len(CombinedLoader(source).flattened) == 1 else CombinedLoader(source, "max_size_cycle")
+    loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
     dtype = DTYPES.get(precision)
     module.to(dtype)
-    length = sized_len(loader)
-    if length is not None:
-        length = min(length, batches) if isinstance(batches, int) else int(length * batches)
-        module.trainer = Plan(length, accumulate, max_epochs, max_steps)  # type: ignore[assignment]
+    module.trainer = Plan(epoch_length(loader, batches), accumulate, max_epochs, max_steps)  # type: ignore[assignment]
     optimizers, schedulers = optimizers_of(module)
     module.trainer = None
     step_of: Callable[..., Any] = module.compute_loss if ours else module.training_step  # type: ignore[assignment]
@@ -96,7 +93,8 @@ def plain_loop(
     while done < steps:
         set_epoch(loader, epoch)
         hook(module, "on_train_epoch_start")
-        for index, batch, last in numbered(loader, batches):
+        length = epoch_length(loader, batches)
+        for batch, index, _ in islice(loader, length):
             batch = transferred(batch, module, datamodule, dtype)
             before_batch(number, batch)
             number += 1
@@ -117,7 +115,7 @@ def plain_loop(
                     hook(module, "on_after_backward")
                 return loss
 
-            updates = (index + 1) % accumulate == 0 or last
+            updates = (index + 1) % accumulate == 0 or index + 1 == length
             if updates:
                 for optimizer in optimizers:
 
@@ -214,15 +212,14 @@ def update(schedulers: list[dict[str, Any]], interval: str, index: int) -> None:
             setting["scheduler"].step()
 
 
-def numbered(loader: Any, batches: int | float) -> Iterator[tuple[int, Any, bool]]:
-    """Yield each batch with its index, and whether it is the epoch's last."""
-    limit = batches
-    if sized_len(loader) is not None:
-        limit = min(len(loader), batches) if isinstance(batches, int) else int(len(loader) * batches)
-    ahead = enumerate(islice(iter(loader), None if limit == float("inf") else int(limit)))
-    for index, item in ahead:
-        batch = item[0] if isinstance(loader, CombinedLoader) else item
-        yield index, batch, index + 1 == limit
+def epoch_length(loader: CombinedLoader, batches: int) -> int:
+    """Return the batches of an epoch as the Trainer counts them: of a loader without a length, the limit.
+
+    ``len(loader)`` would need an iterator, for which a DataLoader draws a seed.
+    """
+    lengths = [sized_len(one) for one in loader.flattened]
+    limited = [batches if length is None else min(length, batches) for length in lengths]
+    return min(limited) if loader._mode == "min_size" else max(limited)
 
 
 def counting(module: pl.LightningModule) -> dict[str, int]:
@@ -234,9 +231,9 @@ def counting(module: pl.LightningModule) -> dict[str, int]:
     return counters
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
+def set_epoch(loader: CombinedLoader, epoch: int) -> None:
     """Tell the samplers which epoch begins."""
-    for one in CombinedLoader(loader).flattened if not isinstance(loader, CombinedLoader) else loader.flattened:
+    for one in loader.flattened:
         for sampler in (getattr(one, "sampler", None), getattr(getattr(one, "batch_sampler", None), "sampler", None)):
             begin = getattr(sampler, "set_epoch", None)
             if begin is not None:

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lit_basics.verification.tracing import State, digest, training_state
+from lit_basics.verification.tracing import State, digest, finite, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -37,35 +37,53 @@ def environments() -> list[dict[str, str]]:
     ]
 
 
-class Batches(pl.Callback):
-    """Keeps the training batches, epoch by epoch, and the state after each step."""
+@dataclasses.dataclass
+class Recorded:
+    """What a short run did."""
+
+    epochs: list[list[Any]] = dataclasses.field(default_factory=list)
+    """The training batches of each epoch."""
+    initial: State = dataclasses.field(default_factory=dict)
+    """The trained parameters before the first step."""
+    states: list[State] = dataclasses.field(default_factory=list)
+    """Parameters and buffers after each step."""
+    diverged: int = 0
+    """The first step after which a trained parameter was not finite, or 0."""
+
+
+class Recorder(pl.Callback):
+    """Keeps the training batches and the state after each step."""
 
     def __init__(self) -> None:
-        self.epochs: list[list[Any]] = []
-        self.states: list[State] = []
+        self.recorded = Recorded()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        """Keep the weights; hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
+        self.recorded.initial = {name: value.detach().clone() for name, value in trained.items()}
         for module in pl_module.modules():
             if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or hasattr(module, "dropout"):
                 module.training = False  # and not that of the modules in it
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a list of batches."""
-        self.epochs.append([])
+        self.recorded.epochs.append([])
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the batch."""
-        self.epochs[-1].append(apply_to_collection(batch, Tensor, lambda value: value.detach().clone()))
+        kept = apply_to_collection(batch, Tensor, lambda value: value.detach().clone())
+        self.recorded.epochs[-1].append(kept)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the state, if a step was made."""
-        if trainer.global_step > len(self.states):
-            self.states.append(training_state(pl_module, []))
+        if trainer.global_step > len(self.recorded.states):
+            self.recorded.states.append(training_state(pl_module, []))
+            if not (self.recorded.diverged or finite(pl_module)):
+                self.recorded.diverged = len(self.recorded.states)
 
 
 class Replay:

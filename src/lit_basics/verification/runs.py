@@ -12,13 +12,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_basics.verification.plain_loop import plain_loop
-from lit_basics.verification.ranks import RANKS, Batches, Replay, Samples
-from lit_basics.verification.tracing import State, Trace, Tracer, digest, random_digest, training_state
+from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
+from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
 
 Report = Callable[[int], None]
 """Tells the parent process of a step; the same first argument in each kind of run."""
-Recorded = tuple[list[list[Any]], list[State]]
-"""The training batches of each epoch, and the state after each step."""
 RANK_STEPS = 5
 """Optimizer steps on two ranks: rounding in another order grows with each."""
 
@@ -80,7 +78,7 @@ class Subject:
         """Batches of an optimizer step."""
         return int(self.arguments.get("accumulate_grad_batches") or 1)
 
-    def limit(self, steps: int) -> int | float:
+    def limit(self, steps: int) -> int:
         """Return the batches of an epoch: a third of the run, unless the user wants fewer."""
         wanted = self.arguments.get("limit_train_batches")
         limit = math.ceil(steps / 3) * self.accumulate
@@ -197,12 +195,12 @@ class Subject:
         )
         return trace
 
-    def short_trainer(self, folder: Path, kept: Batches, precision: str | None, **others: Any) -> pl.Trainer:
+    def short_trainer(self, folder: Path, recorder: Recorder, precision: str | None, **others: Any) -> pl.Trainer:
         """Return a Trainer for a few steps without validation, of which everything is kept."""
         return self.trainer(
             folder,
             RANK_STEPS,
-            [kept],
+            [recorder],
             limit_train_batches=RANK_STEPS * self.accumulate,
             limit_val_batches=0,
             num_sanity_val_steps=0,
@@ -212,20 +210,20 @@ class Subject:
 
     def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
         """Train as one of two ranks; every step's batches and weights."""
-        kept = Batches()
+        recorder = Recorder()
         strategy = self.arguments.get("strategy")
         ddp = strategy if isinstance(strategy, str) and strategy.startswith("ddp") else "ddp"
-        trainer = self.short_trainer(folder, kept, precision, devices=RANKS, strategy=ddp)
+        trainer = self.short_trainer(folder, recorder, precision, devices=RANKS, strategy=ddp)
         self.double_odd_batches()
         self.fit(trainer)
-        return kept.epochs, kept.states
+        return recorder.recorded
 
     def replay(self, report: Report, folder: Path, epochs: list[list[Any]], precision: str | None) -> Recorded:
         """Train in one process on given batches."""
-        kept = Batches()
-        trainer = self.short_trainer(folder, kept, precision)
+        recorder = Recorder()
+        trainer = self.short_trainer(folder, recorder, precision)
         trainer.fit(self.model, Replay(epochs))
-        return kept.epochs, kept.states
+        return recorder.recorded
 
     def validate(self, report: Report, folder: Path, ranks: int) -> tuple[Counter[str], dict[str, float]]:
         """Validate the untrained module; the samples and the metrics of this rank."""

@@ -48,6 +48,8 @@ class Trace:
     random: dict[int, str] = field(default_factory=dict)
     """Digest of the random generators before each training batch."""
     checkpoints: list[Path] = field(default_factory=list)
+    diverged: int = 0
+    """The first step after which a trained parameter was not finite, in a run without a reference; 0 if all were."""
     compared: int = 0
     """Tensors compared with the reference."""
     difference: Difference | None = None
@@ -121,6 +123,8 @@ class Tracer(Checkpoint):
             self.trace.steps = trainer.global_step
             state = training_state(pl_module, trainer.optimizers)
             if self.reference is None:
+                if not (self.trace.diverged or finite(pl_module)):
+                    self.trace.diverged = self.trace.steps
                 torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
             else:
                 self.trace.compare(self.trace.steps, state, self.reference)
@@ -156,17 +160,33 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
     return state
 
 
+def finite(module: torch.nn.Module) -> bool:
+    """Return whether all trained parameters are finite; buffers, such as masks, need not be."""
+    return all(bool(one.isfinite().all()) for one in module.parameters() if one.requires_grad)
+
+
 def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
     """Return the largest absolute difference; 0 only for equal tensors, infinity for another shape or dtype."""
     if value is None or expected is None or value.shape != expected.shape or value.dtype != expected.dtype:
         return float("inf")
     if torch.equal(value, expected):
         return 0.0
+    if value.is_complex():
+        value, expected = (torch.view_as_real(one.resolve_conj()) for one in (value, expected))
     if not value.is_floating_point():
         return float((value.long() - expected.long()).abs().max())
     difference = (value.double() - expected.double()).abs()
-    both_nan = value.isnan() & expected.isnan()
-    return float(torch.where(both_nan, 0.0, difference).nan_to_num(nan=float("inf")).max())
+    equal = (value == expected) | (value.isnan() & expected.isnan())  # infinities too, whose difference is NaN
+    return float(torch.where(equal, 0.0, difference).nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+
+
+def rounding(value: Tensor, steps: int) -> float:
+    """Return by how much rounding alone can make two runs differ in a tensor, after as many updates of it."""
+    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+        return 0.0
+    magnitude = float(value.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    # half an eps for weight decay and half an eps for the update, in both runs
+    return 2 * steps * torch.finfo(value.dtype).eps * magnitude
 
 
 def digest(batch: Any) -> str:
