@@ -219,6 +219,7 @@ def epoch_length(loader: CombinedLoader, batches: int) -> int:
     """
     lengths = [sized_len(one) for one in loader.flattened]
     limited = [batches if length is None else min(length, batches) for length in lengths]
+    # Lightning has no public name for the mode of a loader that the user has combined
     return min(limited) if loader._mode == "min_size" else max(limited)
 
 
