@@ -226,6 +226,9 @@ class Part(LitClassifier):
         super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **settings)
         self.strict_loading = False
 
+    def predict_step(self, batch, batch_idx):
+        return {"logits": self(batch[0])}
+
     def state_dict(self, *args, **kwargs):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "bias" not in name}
 """
@@ -247,8 +250,10 @@ def test_modules_that_are_complete_only_later_or_save_a_part(name, tmp_path, mon
         == 0
     )
     assert main(["fit", *mine, "--resume", "run", "--trainer.max_epochs", "2"]) == 0
-    for command in ("validate", "test", "predict"):
+    for command in ("validate", "test"):
         assert main([command, *mine, "--run_dir", "run"]) == 0
+    assert main(["predict", *mine, "--run_dir", "run"]) == (2 if name == "Part" else 0)
+    assert ("Part.predict_step returns a dict" in capsys.readouterr().err) == (name == "Part")
     assert main(["test", "--model", "LitLeNet5", *data, *bar, "--run_dir", "run"]) == 2
     assert "another model than LitLeNet5" in capsys.readouterr().err
 

@@ -58,8 +58,12 @@ def evaluate(command: str, args: list[str]) -> None:
 def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, Any], directory: Path) -> None:
     if trainer.world_size > 1:
         raise UserError("predict runs in one process: --trainer.devices 1")
-    batches = trainer.predict(model, **known)
-    outputs = torch.cat([torch.as_tensor(batch) for batch in batches or []]).float().numpy()
+    batches: list[Any] = trainer.predict(model, **known) or []
+    other = next((batch for batch in batches if not isinstance(batch, torch.Tensor)), None)
+    if other is not None:
+        kind = type(other).__name__
+        raise UserError(f"{type(model).__name__}.predict_step returns a {kind}; predict writes one tensor a batch")
+    outputs = torch.cat(batches).float().numpy()
     arrays = {"outputs": outputs}
     if outputs.ndim == 2:
         arrays["classes"] = outputs.argmax(1)
