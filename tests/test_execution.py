@@ -3,6 +3,7 @@
 import inspect
 import os
 import random
+import shutil
 import signal
 
 import lightning.pytorch as pl
@@ -15,6 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_basics import (
+    ArrayLoader,
+    EpochOrder,
     GradientMonitor,
     LastCheckpoint,
     LitClassifier,
@@ -463,3 +466,40 @@ def test_by_command_a_run_goes_on_with_another_k(tmp_path, capsys):
     states = [torch.load(r / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for r in (run, whole)]
     assert_equal(*states)
     assert metrics(run) == metrics(whole)
+
+
+class OnlyCompiled(nn.Module):
+    """A net that learns nothing where it is not compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.linear(x) * (1.0 if torch.compiler.is_compiling() else 0.0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("compile_net", [False, True])
+def test_a_compiled_net_learns_what_the_net_does(compile_net):
+    torch.manual_seed(0)
+    net, plain = OnlyCompiled(), nn.Linear(4, 10)
+    plain.load_state_dict(net.linear.state_dict())
+    before = copied(net)
+    x, y = torch.randn(24, 4), torch.randint(10, (24,))
+    module = LitClassifier(net, compile_net=compile_net)
+    loader = ArrayLoader(x, y, EpochOrder(24, 8, shuffle=False))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(module, loader, loader)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
+    for part in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x[part * 8 : part * 8 + 8]), y[part * 8 : part * 8 + 8]).backward()
+        optimizer.step()
+    if not compile_net:
+        assert_equal(copied(net), before)
+        return
+    assert list(net.state_dict()) == ["linear.weight", "linear.bias"]
+    for name, value in plain.state_dict().items():
+        # fused kernels round differently: some float32 steps of numbers near 1
+        torch.testing.assert_close(net.linear.state_dict()[name], value, rtol=1e-5, atol=1e-6)

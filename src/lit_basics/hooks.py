@@ -58,7 +58,11 @@ class TrainingHooks(pl.Callback):
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
             skip_empty_hooks(callback)
-        if self._several and stage == TrainerFn.FITTING:
+        if stage != TrainerFn.FITTING:
+            return
+        if self.module.compile_net:
+            self.module.net.compile()
+        if self._several:
             put_between(self.module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

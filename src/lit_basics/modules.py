@@ -49,6 +49,8 @@ class LitSupervised(pl.LightningModule):
             ``Trainer(gradient_clip_val=…, accumulate_grad_batches=…)`` and schedulers work as well.
         steps_per_execution: Optimizer steps for each batch that Lightning handles; above 1 they are made in manual
             optimization. It changes the speed of small nets only: see :mod:`lit_basics.execution`.
+        compile_net: Whether ``net.compile()`` comes before training (torch.compile, in place: names in checkpoints
+            stay). It takes a while and a compiler, and rounds differently.
 
     Raises:
         UserError: If ``steps_per_execution`` is below 1, or if it is above 1, or manual optimization asked of, a
@@ -67,6 +69,7 @@ class LitSupervised(pl.LightningModule):
         lr_monitor: str = "train/loss",
         automatic_optimization: bool = True,
         steps_per_execution: int = 1,
+        compile_net: bool = False,
     ) -> None:
         super().__init__()
         if steps_per_execution < 1:
@@ -84,6 +87,7 @@ class LitSupervised(pl.LightningModule):
         self.net = net
         self.criterion = criterion
         self.steps_per_execution = steps_per_execution
+        self.compile_net = compile_net
         self.automatic_optimization = automatic_optimization and not several
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
