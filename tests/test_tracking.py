@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import fit, metrics
 
+from lit_basics import MetricsCSV
+
 WORDS = (
     *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
     *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2"),
@@ -95,8 +97,6 @@ def test_tensorboard_holds_everything(tmp_path):
 
 
 def test_metrics_csv_grows_while_the_run_goes_on(tmp_path):
-    from lit_basics import MetricsCSV
-
     log = MetricsCSV(tmp_path / "metrics.csv")
     log.log_metrics({"a": 1.0}, 1)
     assert (tmp_path / "metrics.csv").read_text() == "step,a\n1,1.0\n"
@@ -106,3 +106,17 @@ def test_metrics_csv_grows_while_the_run_goes_on(tmp_path):
     log.log_metrics({"d": 3.0}, 3)
     log.finalize("success")
     assert (tmp_path / "metrics.csv").read_text() == 'step,a,"b,c",d\n1,1.0,2.0,\n2,nan,,\n3,,,3.0\n'
+
+
+def test_a_key_of_letters_of_several_bytes(tmp_path):
+    """Without the bytes beyond one a letter a late value is written into the row before."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step in (1, 2, 3):
+        log.log_metrics({"größe/é": step}, step)
+    log.log_metrics({"later": 0.5}, 3)
+    log.log_metrics({"later": 0.25}, 2)
+    log.log_metrics({"größe/é": 4}, 4)
+    log.finalize("success")
+    assert (tmp_path / "metrics.csv").read_text().split("\n") == [
+        *("step,größe/é,later", "1,1.0,", "2,2.0,0.25", "3,3.0,0.5", "4,4.0,", ""),
+    ]

@@ -3,10 +3,12 @@
 import bisect
 import contextlib
 import csv
+import errno
 import io
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -35,7 +37,8 @@ class MetricsCSV(Logger):
         self._resume = resume
         self.path = path
         self._keys: list[str] = []
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._end = 0  # the file's length
         self._tail: list[tuple[int, dict[str, float], int]] = []  # (step, row, offset) of the newest rows
 
     @property
@@ -61,20 +64,24 @@ class MetricsCSV(Logger):
         self._add_columns([key for key in row if key not in self._keys])
         assert self._file is not None
         place = bisect.bisect_left(self._tail, step, key=lambda row: row[0])
-        start = self._tail[place][2] if place < len(self._tail) else self._file.tell()
+        start = self._tail[place][2] if place < len(self._tail) else self._end
         if place < len(self._tail):  # not a new row at the end: write the rows from it on again
+            self._file.truncate(start)
             self._file.seek(start)
-            self._file.truncate()
         later = self._tail[place:]
         del self._tail[place:]
         if later and later[0][0] == step:
             row = later.pop(0)[1] | row
+        lines, self._end = [], start
+        for number, values in [(step, row), *((s, r) for s, r, _ in later)]:
+            self._tail.append((number, values, self._end))
+            cells = [repr(values[key]) if key in values else "" for key in self._keys]  # numbers need no quotes
+            lines.append(",".join([str(number), *cells]) + "\n")
+            self._end += len(lines[-1])
+        text = "".join(lines).encode()
         try:
-            for number, values in [(step, row), *((s, r) for s, r, _ in later)]:
-                self._tail.append((number, values, self._file.tell()))
-                writer = csv.writer(self._file, lineterminator="\n")
-                writer.writerow([number, *(values.get(key, "") for key in self._keys)])
-            self._file.flush()
+            if self._file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:  # the disk is full: leave only whole rows
             with contextlib.suppress(OSError):
                 self.finalize("")
@@ -122,12 +129,16 @@ class MetricsCSV(Logger):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *self._keys])
         writer.writerows(rows[:-TAIL])
+        wide = len(text.getvalue().encode()) - text.tell()  # a key may have letters of several bytes
         self._tail = []
         for row in rows[-TAIL:]:
             values = {key: float(value) for key, value in zip(self._keys, row[1:], strict=True) if value != ""}
-            self._tail.append((int(row[0]), values, text.tell()))
+            self._tail.append((int(row[0]), values, wide + text.tell()))
             writer.writerow(row)
+        content = text.getvalue().encode()
         with replace_file(self.path) as staged:
-            staged.write(text.getvalue().encode())
-        self._file = self.path.open("r+", newline="")
-        self._file.seek(0, io.SEEK_END)
+            staged.write(content)
+        self._end = len(content)
+        # each row in one write: a kill leaves whole rows
+        self._file = FileIO(self.path, "r+")
+        self._file.seek(self._end)
