@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 import time
+import traceback
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -286,19 +287,31 @@ def _series(number: str) -> tuple[int, int]:
     return major, 0 if major else minor
 
 
-def load_weights(model: pl.LightningModule, path: Path) -> None:
+def load_weights(model: pl.LightningModule, path: Path) -> bool:
     """Load a checkpoint's weights, but not into a module that is not complete yet, which Lightning does later.
+
+    Returns:
+        Whether they are loaded.
 
     Raises:
         UserError: If the file is no checkpoint, is damaged, or is of another model.
     """
     checkpoint = load_checked(path)
     if any(is_overridden(hook, model) for hook in ("configure_model", "setup", "on_load_checkpoint")):
-        return  # layers, or the checkpoint's names, may be made there
+        return False  # layers, or the checkpoint's names, may be made there
     try:
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise of_another_model(path, model, error) from error
+    return True
+
+
+def is_restoring(error: Exception) -> bool:
+    """Return whether an error came from within the functions of Lightning that give a state back."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        f.name in ("_restore_modules_and_callbacks", "restore_training_state", "load_state_dict") for f in frames
+    )
 
 
 def of_another_model(path: Path, model: pl.LightningModule, error: Exception) -> UserError:

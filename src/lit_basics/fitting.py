@@ -20,7 +20,7 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import load_weights, with_durable_checkpoints
+from lit_basics.checkpoint_io import is_restoring, load_weights, with_durable_checkpoints
 from lit_basics.config import Config, with_progress_bar
 from lit_basics.errors import UserError, shortened
 from lit_basics.evaluating import checkpoint_path
@@ -32,9 +32,6 @@ from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, 
 from lit_basics.run_directory import check_writable, new_run_directory, remove_traces, share
 from lit_basics.soft_loggers import fail_soft, finish_wandb
 from lit_basics.words import config_names, option
-
-RESTORING = {"_restore_modules_and_callbacks", "restore_training_state", "load_state_dict", "on_train_start"}
-"""Functions, of Lightning and of callbacks, that give a state back: an error in one is about the checkpoint."""
 
 
 def fit(args: list[str]) -> None:
@@ -93,9 +90,9 @@ def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
     """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
     if trainer is None or any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks):  # type: ignore[attr-defined]
         return False
+    ours = Path(__file__).parent  # our callbacks give states back when training starts
     frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(__file__).parent
-    return any(f.name in RESTORING and (f.name != "on_train_start" or ours in Path(f.filename).parents) for f in frames)
+    return is_restoring(error) or any(f.name == "on_train_start" and ours in Path(f.filename).parents for f in frames)
 
 
 def _after_non_finite(directory: Path) -> str:
