@@ -119,14 +119,6 @@ class DurableCheckpointIO(CheckpointIO):
         self.flush()
 
 
-def with_durable_checkpoints(plugins: Any, min_seconds: float = 0.0) -> list[Any]:
-    """Return a Trainer's plugins with a DurableCheckpointIO, unless there is a CheckpointIO among them."""
-    given: list[Any] = list(plugins) if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
-    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
-        given.append(DurableCheckpointIO(min_seconds))
-    return given
-
-
 def previous_path(path: Path) -> Path:
     """Return where the checkpoint before ``path`` is kept."""
     return path.with_name(path.name + ".previous")

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import jsonargparse
 import lightning.pytorch as pl
 import yaml
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,6 +29,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
 from lit_basics.callbacks.progress import ProgressBar
+from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, nearest, root_cause, where
 from lit_basics.imports import FLAG, check_functions, import_policy
@@ -391,10 +393,22 @@ def all_names() -> list[str]:
     return [*recipe_names(), *recipe_names("overlays")]
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return what an argument of a Trainer that takes several, one or none holds."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def with_durable_checkpoints(plugins: Any, min_seconds: float = 0.0) -> list[Any]:
+    """Return a Trainer's plugins with a DurableCheckpointIO, unless there is a CheckpointIO among them."""
+    given = as_list(plugins)
+    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+        given.append(DurableCheckpointIO(min_seconds))
+    return given
+
+
 def with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return a Trainer's arguments with our progress bar, unless there is another, and without a summary."""
-    callbacks = arguments["callbacks"] or []
-    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    callbacks = as_list(arguments["callbacks"])
     if arguments["enable_progress_bar"] is not False and not any(
         isinstance(callback, LightningProgressBar) for callback in callbacks
     ):

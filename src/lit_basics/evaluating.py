@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_model, with_durable_checkpoints
-from lit_basics.config import Config, with_progress_bar
+from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_model
+from lit_basics.config import Config, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
 from lit_basics.words import config_names, option

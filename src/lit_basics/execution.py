@@ -9,7 +9,6 @@ state, counters, and every checkpoint) is the same for every K.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lit_basics.callbacks.last import validates_after
 from lit_basics.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,13 +116,11 @@ class Step:
         trainer = self.trainer
         number, total = self.counters.batches_begun
         number, total = number + 1, total + 1
-        check = trainer.val_check_batch
-        validated = total if trainer.check_val_every_n_epoch is None else number
         return (
             number % (self.module.steps_per_execution * trainer.accumulate_grad_batches) == 0
             or number >= trainer.num_training_batches
             or trainer.should_stop
-            or (check is not None and math.isfinite(check) and validated % int(check) == 0)
+            or validates_after(trainer, number, total)
             or 0 <= trainer.max_steps <= trainer.global_step + 1
         )
 

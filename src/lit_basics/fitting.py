@@ -20,8 +20,8 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import is_restoring, load_weights, with_durable_checkpoints
-from lit_basics.config import Config, with_progress_bar
+from lit_basics.checkpoint_io import is_restoring, load_weights
+from lit_basics.config import Config, as_list, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
@@ -151,7 +151,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     arguments = with_progress_bar(dict(config.trainer_arguments))
     arguments["default_root_dir"] = arguments["default_root_dir"] or str(directory)
     logger = arguments["logger"]
-    loggers = [] if logger in (None, True, False) else list(logger) if isinstance(logger, (list, tuple)) else [logger]
+    loggers = [] if isinstance(logger, bool) else as_list(logger)
     if config.config.metrics_csv:
         loggers.append(MetricsCSV(directory / "metrics.csv", resume=config.resumed))
     arguments["logger"] = [fail_soft(logger) for logger in loggers] or False

@@ -1,5 +1,6 @@
 """The checkpoint of the newest state."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,18 @@ def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:
     """
     if not halfway and (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
         return False
-    check, loop = trainer.val_check_batch, trainer.fit_loop
-    done = 1 + (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx)
-    validates = check not in (None, float("inf")) and done % int(check) == 0
-    return not trainer.is_last_batch and not validates
+    loop = trainer.fit_loop
+    return not trainer.is_last_batch and not validates_after(trainer, loop.batch_idx + 1, loop.total_batch_idx + 1)
+
+
+def validates_after(trainer: pl.Trainer, number: int, total: int) -> bool:
+    """Return whether a validation within the epoch is due after a batch.
+
+    Args:
+        trainer: The Trainer.
+        number: Which batch of its epoch it is, from 1.
+        total: Which batch of the run it is, from 1.
+    """
+    check = trainer.val_check_batch
+    done = total if trainer.check_val_every_n_epoch is None else number
+    return check is not None and math.isfinite(check) and done % int(check) == 0

@@ -1,8 +1,7 @@
 """``lit_basics verify``: the checks over a configuration."""
 
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import with_durable_checkpoints
-from lit_basics.config import Config
+from lit_basics.config import Config, as_list, with_durable_checkpoints
 from lit_basics.errors import UserError
 from lit_basics.fitting import with_guard
 from lit_basics.verification.checks import CHECKS, STEPS, verify
@@ -27,9 +26,7 @@ def verify_config(args: list[str]) -> None:
     config.config.trainer.logger = False
     config.build()
     arguments = dict(config.trainer_arguments)
-    callbacks = arguments["callbacks"] or []
-    callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-    arguments["callbacks"] = [*with_guard(config, callbacks), RandomState()]
+    arguments["callbacks"] = [*with_guard(config, as_list(arguments["callbacks"])), RandomState()]
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], min_seconds=0)
     report = verify(
         config.model,
