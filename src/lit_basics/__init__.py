@@ -21,6 +21,7 @@ _PUBLIC = {
     "LastCheckpoint": "callbacks.last",
     "LeNet5": "nets",
     "Line": "nets",
+    "LeanSGD": "optim",
     "LinearDataModule": "data.linear",
     "LitBlitzNet": "modules",
     "LitClassifier": "modules",

@@ -68,6 +68,51 @@ class PairedOptimizer(Optimizer):
         self._share()
 
 
+class LeanSGD(torch.optim.SGD):
+    """``torch.optim.SGD``, bit for bit, in three calls for all parameters together.
+
+    For small nets on the CPU, where torch's own takes longer to sort the parameters than to move them. Its state and
+    its arguments are those of ``torch.optim.SGD``; ``fused``, ``foreach`` and ``differentiable`` mean nothing here.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make an update; ``closure``, if given, is evaluated once, first."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._move(params, [p.grad for p in params if p.grad is not None], group)
+        return loss
+
+    def _move(self, params: list[Tensor], grads: list[Tensor] | tuple[Tensor, ...], group: dict[str, Any]) -> None:
+        if group["maximize"]:
+            grads = torch._foreach_neg(grads)
+        if group["weight_decay"]:
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        if momentum := group["momentum"]:
+            states = [self.state[p] for p in params]
+            old = [(s["momentum_buffer"], g) for s, g in zip(states, grads, strict=True) if "momentum_buffer" in s]
+            if len(old) < len(states):  # of some this is the first gradient
+                for state, gradient in zip(states, grads, strict=True):
+                    state.setdefault("momentum_buffer", gradient.clone())
+            if old:
+                buffers, added = zip(*old, strict=True)
+                torch._foreach_mul_(buffers, momentum)
+                torch._foreach_add_(buffers, added, alpha=1 - group["dampening"])
+            momenta = [state["momentum_buffer"] for state in states]
+            grads = torch._foreach_add(grads, momenta, alpha=momentum) if group["nesterov"] else momenta
+        torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free the gradients, or set them to zero."""
+        if not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
 class SpeedOptimizer(Optimizer):
     """Muon for the convolution filters, SGD with Nesterov momentum for the rest, as one optimizer.
 

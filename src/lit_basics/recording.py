@@ -39,6 +39,7 @@ class StepRecorder:
         self._cells: Any = None
         self._resize(16)
         self._columns: dict[str, int] = {}
+        self._looked_up: tuple[Sequence[str], Any, dict[int, tuple[int, int]]] = ((), None, {})
         self._every: list[int] = []
         self._averaged: set[str] = set()
         self._steps: list[int] = []
@@ -77,24 +78,28 @@ class StepRecorder:
         self._cells[row, column] = self._cells[row, column] + value if count else value
         self._filled[row][column] = (count + 1, part)
 
-    def put_all(self, step: int, names: Sequence[str], values: Tensor) -> None:
+    def put_all(self, step: int, names: Sequence[str], values: Tensor | Sequence[float]) -> None:
         """Record several scalars of a step at once.
 
         Args:
             step: The optimizer step, from 1.
-            names: The metrics' keys; the same sequence at every call keeps this to one copy.
-            values: Tensor of shape (len(names),).
+            names: The metrics' keys; the same object at every call is looked up once.
+            values: Tensor of shape (len(names),), or as many numbers.
         """
         row = self._row(step)
-        columns = [self._column(name, 1) for name in names]
-        values = values.detach()
-        numbers: Any = values.double().numpy() if self._on_host else values
-        if columns == list(range(columns[0], columns[0] + len(columns))):
-            self._cells[row, columns[0] : columns[0] + len(columns)] = numbers
-        else:  # a parameter that had no gradient at first has its column elsewhere
-            for column, number in zip(columns, numbers, strict=True):
-                self._cells[row, column] = number
-        self._filled[row].update(dict.fromkeys(columns, (1, 0)))
+        if names is not self._looked_up[0]:
+            columns = [self._column(name, 1) for name in names]
+            # a parameter that had no gradient at first has its column elsewhere
+            side_by_side = columns == list(range(columns[0], columns[0] + len(columns)))
+            place: Any = slice(columns[0], columns[-1] + 1) if side_by_side else columns
+            self._looked_up = names, place, dict.fromkeys(columns, (1, 0))
+        _, place, filled = self._looked_up
+        if not self._on_host:
+            values = torch.as_tensor(values, dtype=self._dtype, device=self._device).detach()
+        elif isinstance(values, Tensor):
+            values = values.tolist()
+        self._cells[row, place] = values
+        self._filled[row].update(filled)
 
     def put_host(self, step: int, name: str, value: float, *, every: int = 1) -> None:
         """Record a number that is already on the host, such as the learning rate."""

@@ -1,5 +1,7 @@
 """The norms of all gradients, at every step, for the price of one small kernel."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,8 +40,10 @@ class GradientMonitor(pl.Callback):
         if every_n_steps < 1:
             raise UserError(f"every_n_steps is {every_n_steps}; it must be at least 1")
         self.every_n_steps = every_n_steps
-        self.newest: Tensor | None = None
+        self.newest: Tensor | float | None = None
         """The norm of all gradients as recorded last, for a callback after this one, which sets it to None."""
+        self._names: tuple[str, ...] = ()
+        self._keys: list[str] = []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -54,14 +58,13 @@ class GradientMonitor(pl.Callback):
         step, recorder = trainer.global_step + 1, recorder_of(trainer)
         if step % self.every_n_steps or recorder.has(step, "grad/norm"):
             return
-        names, grads = [], []
-        for name, parameter in trained_parameters(pl_module, optimizer):
-            if parameter.grad is not None:
-                names.append(f"grad/norm/{name}")
-                grads.append(parameter.grad)
-        if grads:
+        named = [(name, p.grad) for name, p in trained_parameters(pl_module, optimizer) if p.grad is not None]
+        if named:
+            names, grads = zip(*named, strict=True)
+            if names != self._names:
+                self._names, self._keys = names, ["grad/norm", *(f"grad/norm/{name}" for name in names)]
             norms = gradient_norms(grads)
-            recorder.put_all(step, ["grad/norm", *names], norms)
+            recorder.put_all(step, self._keys, norms)
             self.newest = norms[0]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,17 +76,23 @@ class GradientMonitor(pl.Callback):
         recorder_of(trainer).flush_finished()
 
 
-def gradient_norms(grads: list[Tensor]) -> Tensor:
+def gradient_norms(grads: Sequence[Tensor]) -> Tensor | list[float]:
     """Return the norm of all gradients together and of each, without a host sync.
 
     Args:
         grads: n tensors of any shapes, dense or sparse.
 
     Returns:
-        Tensor (n + 1,), float64 if any gradient is, else float32.
+        On the CPU n + 1 numbers, which are there sooner than a tensor of them; elsewhere a tensor (n + 1,), float64
+        if any gradient is, else float32.
     """
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in dense) else torch.float32
+    kinds = {grad.dtype for grad in dense}
+    dtype = torch.float64 if torch.float64 in kinds else torch.float32
     # the kernel behind torch.nn.utils.get_total_norm, which returns only the total
-    norms = torch.stack(torch._foreach_norm(dense, 2, dtype=dtype))
-    return torch.cat([torch.linalg.vector_norm(norms)[None], norms])
+    norms = torch._foreach_norm(dense, 2, dtype=None if kinds == {dtype} else dtype)
+    if dense[0].is_cpu:
+        numbers = [norm.item() for norm in norms]
+        return [math.hypot(*numbers), *numbers]
+    each = torch.stack(norms)
+    return torch.cat([torch.linalg.vector_norm(each)[None], each])

@@ -163,7 +163,7 @@ class NonFiniteGuard(pl.Callback):
         else:
             evaluated, self._evaluated = self._evaluated, (id(optimizer), number)
             healthy = all(math.isfinite(loss.item()) for loss in losses)
-            if norm is None or not math.isfinite(norm.item()):  # a norm may overflow where no gradient does
+            if norm is None or not math.isfinite(norm):  # a norm may overflow where no gradient does
                 healthy = healthy and _are_finite(_gradients(_with_gradients(optimizer)), writable=True)
             if self._buffers:
                 healthy = healthy and _are_finite(self._live_buffers(pl_module).values())
