@@ -174,6 +174,21 @@ def test_as_a_program(tmp_path):
     assert wrong.stderr == "lit_basics: there is no command 'fti'; did you mean 'fit'?\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_no_run(tmp_path, unbuffered):
+    """Without it the run ends in a BrokenPipeError, with nothing saved."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for words in (["recipes"], ["fit", *SMALL, "--run_dir", "run"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_basics", *words], stdout=writer, stderr=writer, env=environment
+        )
+        os.close(writer)
+        assert done.returncode == 0
+    assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
+
+
 def test_python_m_sees_the_working_directory(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from lit_basics import LitClassifier\nfrom torch import nn\n\n\n"

@@ -1,10 +1,10 @@
-"""LeanSGD beside torch.optim.SGD."""
+"""LeanSGD beside torch.optim.SGD, and FilterMuon beside its definition."""
 
 import pytest
 import torch
 from torch import nn
 
-from lit_basics import LeanSGD, LeNet5
+from lit_basics import FilterMuon, LeanSGD, LeNet5, PairedOptimizer, UserError
 
 
 def steps(optimizer_class, sparse=False, **arguments):
@@ -73,3 +73,37 @@ def test_lean_sgd_evaluates_a_closure_once_with_gradients():
     optimizer = LeanSGD([parameter], lr=0.5)
     assert optimizer.step(closure).item() == 9.0
     assert (calls, parameter.item()) == ([True], 0.0)
+
+
+def test_filter_muon_moves_along_the_nearest_orthogonal_matrix():
+    """Its iterations bring singular values near 1, not to it; the singular vectors are those of the gradient."""
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(8, 3, 3, 3, dtype=torch.float64))
+    matrix = nn.Parameter(filters.detach().flatten(1).clone())
+    optimizer = FilterMuon([filters, matrix], lr=0.5, momentum=0.8)
+    momentum = torch.zeros(8, 27, dtype=torch.float64)
+    for _ in range(3):
+        before, gradient = matrix.detach().clone(), torch.randn(8, 27, dtype=torch.float64)
+        filters.grad, matrix.grad = gradient.view_as(filters), gradient
+        optimizer.step()
+        assert torch.equal(filters.flatten(1), matrix)
+        momentum = 0.8 * momentum + gradient
+        u, _, v = torch.linalg.svd(gradient + 0.8 * momentum, full_matrices=False)
+        moved = u.T @ (before - matrix.detach()) @ v.T / 0.5
+        assert (moved.diagonal() - 1).abs().max() < 0.35  # as of three steps of the quintic
+        assert (moved - moved.diagonal().diag()).abs().max() < 1e-9
+
+
+def test_filter_muon_refuses_a_bias():
+    with pytest.raises(UserError, match=r"not \(2,\): PairedOptimizer has the rest"):
+        FilterMuon(nn.Linear(2, 2).parameters())
+
+
+def test_filters_go_with_the_matrices_if_asked():
+    shapes = {}
+    for filters in (False, True):
+        optimizer = PairedOptimizer(LeNet5().parameters(), LeanSGD, torch.optim.SGD, filters)
+        shapes[filters] = [[p.ndim for p in group["params"]] for group in optimizer.param_groups]
+    assert shapes == {False: [[2, 2, 2], [4, 1, 4, 1, 1, 1, 1]], True: [[4, 4, 2, 2, 2], [1, 1, 1, 1, 1]]}
+    with pytest.raises(UserError, match="of 1 parameters 1 are 2-D or more"):
+        PairedOptimizer([nn.Parameter(torch.ones(2, 2, 2, 2))], LeanSGD, LeanSGD, filters=True)

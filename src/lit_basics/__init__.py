@@ -16,6 +16,7 @@ _PUBLIC = {
     "DurableCheckpointIO": "checkpoint_io",
     "EmbeddingDataModule": "data.linear",
     "EpochOrder": "data.order",
+    "FilterMuon": "optim",
     "GradientMonitor": "callbacks.gradients",
     "ImageArrays": "data.arrays",
     "LastCheckpoint": "callbacks.last",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 from lit_basics.errors import UserError, nearest, printable, shortened
+from lit_basics.output import outlive_readers
 from lit_basics.recipes import recipe_names, recipe_path
 
 SUBCOMMANDS = ("fit", "verify", "validate", "test", "predict")
@@ -42,7 +43,9 @@ overlays: {", ".join(recipe_names("overlays"))}
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 wrong input, 130 or 143 stopped by a signal."""
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        args = sys.argv[1:]
+        outlive_readers()
     try:
         return _dispatch(args)
     except UserError as error:

@@ -293,14 +293,18 @@ def _parameters(class_path: str) -> list[str]:
 def _classes(key: str) -> Iterable[str]:
     """Return the short names of the classes that ``key`` is likely to take."""
     last = key.rpartition(".")[2]
-    bases = {"model": pl.LightningModule, "data": pl.LightningDataModule, "callbacks": pl.Callback}
+    optimizers = dict.fromkeys(("optimizer", "matrices", "rest"), torch.optim.Optimizer)
+    bases: dict[str, type] = {
+        "model": pl.LightningModule,
+        "data": pl.LightningDataModule,
+        "callbacks": pl.Callback,
+        **optimizers,
+    }
     if last in bases:
-        names = {**vars(pl.callbacks), **{name: getattr(lit_basics, name) for name in lit_basics.__all__}}
+        ours = {name: getattr(lit_basics, name) for name in lit_basics.__all__}
+        names = {**vars(pl.callbacks), **vars(torch.optim), **ours}
         return [n for n, c in names.items() if isinstance(c, type) and issubclass(c, bases[last])]
     homes: dict[str, list[ModuleType]] = {
-        "optimizer": [torch.optim],
-        "matrices": [torch.optim],
-        "rest": [torch.optim],
         "lr_scheduler": [torch.optim.lr_scheduler],
         "net": [nets, torch.nn],
         "objective": [nets, torch.nn],

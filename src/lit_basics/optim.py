@@ -1,4 +1,4 @@
-"""What torch.optim lacks: the types of injected optimizers, and two optimizers in one."""
+"""What torch.optim lacks: two optimizers in one, Muon for filters, a quicker SGD; the types of injected optimizers."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,21 +27,26 @@ class PairedOptimizer(Optimizer):
         params: The parameters (tensors, not groups).
         matrices: Makes the optimizer of the 2-D parameters.
         rest: Makes the optimizer of all other parameters.
+        filters: Whether the filters of convolutions (more than two dimensions) go with the matrices.
 
     Raises:
-        UserError: If there are no 2-D parameters, or no others: one optimizer is enough then.
+        UserError: If there are no matrices, or no others: one optimizer is enough then.
     """
 
-    def __init__(self, params: Iterable[Tensor], matrices: OptimizerCallable, rest: OptimizerCallable) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], matrices: OptimizerCallable, rest: OptimizerCallable, filters: bool = False
+    ) -> None:
         params = list(params)
-        flat = [p for p in params if p.ndim != 2]
-        if not flat or len(flat) == len(params):
+        chosen = [p for p in params if p.ndim == 2 or (filters and p.ndim > 2)]
+        others = [p for p in params if not any(p is one for one in chosen)]
+        if not chosen or not others:
+            kind = "2-D or more" if filters else "2-D"
             raise UserError(
-                "PairedOptimizer needs both 2-D parameters and others; "
-                f"of {len(params)} parameters {len(params) - len(flat)} are 2-D"
+                f"PairedOptimizer needs both {kind} parameters and others; "
+                f"of {len(params)} parameters {len(chosen)} are {kind}"
             )
         super().__init__(params, {})
-        self._optimizers = [matrices([p for p in params if p.ndim == 2]), rest(flat)]
+        self._optimizers = [matrices(chosen), rest(others)]
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         self._share()
 
@@ -113,6 +118,42 @@ class LeanSGD(torch.optim.SGD):
                 p.grad = None
 
 
+class FilterMuon(Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/) for matrices and the filters of convolutions.
+
+    A parameter moves by ``lr`` along about the orthogonal matrix nearest to its Nesterov momentum; a filter bank is
+    seen as a matrix with a row a filter. On the CPU it computes in the parameters' own precision, where
+    ``torch.optim.Muon``, which takes matrices only, computes in bfloat16.
+
+    Args:
+        params: Parameters of two or more dimensions, or groups of them.
+        lr: Learning rate.
+        momentum: Momentum.
+
+    Raises:
+        UserError: If a parameter has fewer dimensions.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 0.05, momentum: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim < 2:
+                    shape = tuple(p.shape)
+                    raise UserError(f"FilterMuon takes matrices and filters, not {shape}: PairedOptimizer has the rest")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make an update; ``closure``, if given, is evaluated once, first."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = nesterov(self.state[p], p.grad, group["momentum"])
+                    p.add_(orthogonalized(update.flatten(1)).view_as(p), alpha=-group["lr"])
+        return loss
+
+
 class SpeedOptimizer(Optimizer):
     """Muon for the convolution filters, SGD with Nesterov momentum for the rest, as one optimizer.
 
@@ -160,16 +201,11 @@ class SpeedOptimizer(Optimizer):
         """Make an update; ``closure``, if given, is evaluated once, first."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            momentum = group["momentum"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 gradient = p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
-                update = gradient.add(buffer, alpha=momentum)
+                update = nesterov(self.state[p], gradient, group["momentum"])
                 if group["name"] == "filters":
                     p.mul_(len(p) ** 0.5 / p.norm())
                     update = orthogonalized(update.flatten(1)).view_as(p)
@@ -183,6 +219,14 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
         return None
     with torch.enable_grad():
         return closure()
+
+
+def nesterov(state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor:
+    """Add ``gradient`` to the momentum in ``state``; return the update of Nesterov's SGD."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(gradient)
+    buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+    return gradient.add(buffer, alpha=momentum)
 
 
 def orthogonalized(matrix: Tensor, steps: int = 3) -> Tensor:
