@@ -8,15 +8,15 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lit_basics.recording import recorder_of
 
-MIN_SECONDS = 0.1
-"""Between two refreshes, as tqdm's own: a refresh takes as long as a step of a small net."""
+MIN_SECONDS = 0.2
+"""Between two refreshes: one takes as long as a step of a small net."""
 
 
 class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar with the newest ``train/loss``, which costs no host sync of its own.
 
     Args:
-        refresh_rate: Batches between two refreshes, which are a tenth of a second apart at least.
+        refresh_rate: Batches between two refreshes, which are a fifth of a second apart at least.
     """
 
     def __init__(self, refresh_rate: int = 20) -> None:
