@@ -43,6 +43,24 @@ def test_lean_sgd_equals_torchs(arguments):
         assert torch.equal(state["momentum_buffer"], states[1][index]["momentum_buffer"])
 
 
+@pytest.mark.parametrize(("first", "second"), [(LeanSGD, torch.optim.SGD), (torch.optim.SGD, LeanSGD)])
+def test_either_goes_on_from_the_others_state(first, second):
+    parameters = []
+    for optimizer_class in (first, second):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer = first([parameter], lr=0.1, momentum=0.9)
+        for step in range(4):
+            if step == 2:
+                state = optimizer.state_dict()
+                optimizer = optimizer_class([parameter])
+                optimizer.load_state_dict(state)
+            parameter.grad = torch.randn(3)
+            optimizer.step()
+        parameters.append(parameter)
+    assert torch.equal(*parameters)
+
+
 def test_lean_sgd_takes_sparse_gradients():
     for arguments in ({}, {"momentum": 0.9}):
         (ours,), _ = steps(LeanSGD, sparse=True, **arguments)
@@ -75,15 +93,16 @@ def test_lean_sgd_evaluates_a_closure_once_with_gradients():
     assert (calls, parameter.item()) == ([True], 0.0)
 
 
-def test_filter_muon_moves_along_the_nearest_orthogonal_matrix():
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 3, 3, 3)], ids=["wide", "tall"])
+def test_filter_muon_moves_along_the_nearest_orthogonal_matrix(shape):
     """Its iterations bring singular values near 1, not to it; the singular vectors are those of the gradient."""
     torch.manual_seed(0)
-    filters = nn.Parameter(torch.randn(8, 3, 3, 3, dtype=torch.float64))
+    filters = nn.Parameter(torch.randn(*shape, dtype=torch.float64))
     matrix = nn.Parameter(filters.detach().flatten(1).clone())
     optimizer = FilterMuon([filters, matrix], lr=0.5, momentum=0.8)
-    momentum = torch.zeros(8, 27, dtype=torch.float64)
+    momentum = torch.zeros_like(matrix)
     for _ in range(3):
-        before, gradient = matrix.detach().clone(), torch.randn(8, 27, dtype=torch.float64)
+        before, gradient = matrix.detach().clone(), torch.randn_like(matrix)
         filters.grad, matrix.grad = gradient.view_as(filters), gradient
         optimizer.step()
         assert torch.equal(filters.flatten(1), matrix)
@@ -97,6 +116,12 @@ def test_filter_muon_moves_along_the_nearest_orthogonal_matrix():
 def test_filter_muon_refuses_a_bias():
     with pytest.raises(UserError, match=r"not \(2,\): PairedOptimizer has the rest"):
         FilterMuon(nn.Linear(2, 2).parameters())
+
+
+@pytest.mark.parametrize("arguments", [{"lr": -1.0}, {"momentum": -0.1}])
+def test_filter_muon_refuses_negative_numbers(arguments):
+    with pytest.raises(UserError, match="negative"):
+        FilterMuon([nn.Parameter(torch.ones(2, 2))], **arguments)
 
 
 def test_filters_go_with_the_matrices_if_asked():

@@ -73,6 +73,18 @@ def test_many_columns_and_late_ones(trainer, rows):
     assert rows.rows[1][1] == {name: float(i) for i, name in enumerate(names)}
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["cpu", "as on a GPU"])
+@pytest.mark.parametrize("values", [torch.arange(4.0), [0.0, 1.0, 2.0, 3.0]], ids=["tensor", "list"])
+def test_names_in_another_order_than_their_columns(trainer, rows, on_host, values):
+    recorder = recorder_of(trainer)
+    if not on_host:
+        recorder._on_host, recorder._cells = False, recorder._buffer
+    recorder.put_all(1, ["a", "c"], values[:2])
+    recorder.put_all(2, ["a", "b", "c", "d"], values)
+    recorder.flush()
+    assert rows.rows == [(1, {"a": 0.0, "c": 1.0}), (2, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0})]
+
+
 def test_float64_is_kept(trainer, rows):
     recorder = recorder_of(trainer)
     value = 1.0 + 2.0**-40

@@ -286,7 +286,7 @@ def _parameters(class_path: str) -> list[str]:
     except (AttributeError, ImportError, ValueError, TypeError):
         return []
     # an optimizer gets its parameters, a scheduler its optimizer, not from the config
-    given = ("params", "optimizer") if class_path.startswith("torch.optim.") else ()
+    given = ("params", "optimizer") if class_path.startswith(("torch.optim.", "lit_basics.optim.")) else ()
     return [name for name in parameters if name not in given]
 
 

@@ -145,13 +145,9 @@ class LitSupervised(pl.LightningModule):
             name: The metric's key, such as ``train/acc``.
             value: A scalar tensor.
         """
-        recorder_of(self.trainer).put(
-            self.trainer.global_step + 1,
-            name,
-            value,
-            part=self.trainer.fit_loop.batch_idx,
-            every=self.log_every_n_steps,
-        )
+        trainer = self.trainer
+        part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
+        recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 
     # training
 

@@ -1,5 +1,6 @@
 """Standard output and error that outlive their readers."""
 
+import contextlib
 import io
 import os
 import sys
@@ -13,7 +14,9 @@ class _Kept(io.FileIO):
         try:
             return super().write(data)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
             return memoryview(data).nbytes
 
 
@@ -23,6 +26,8 @@ def outlive_readers() -> None:
         old: Any = getattr(sys, name)
         if old is None or old is not getattr(sys, f"__{name}__"):
             continue
+        with contextlib.suppress(BrokenPipeError):
+            old.flush()
         kept: Any = _Kept(old.fileno(), "w", closefd=False)
         buffer = kept if isinstance(old.buffer, io.FileIO) else io.BufferedWriter(kept)  # python -u has none
         setattr(

@@ -39,7 +39,7 @@ class StepRecorder:
         self._cells: Any = None
         self._resize(16)
         self._columns: dict[str, int] = {}
-        self._looked_up: tuple[Sequence[str], Any, dict[int, tuple[int, int]]] = ((), None, {})
+        self._looked_up: tuple[Sequence[str], slice | list[int], dict[int, tuple[int, int]]] = ((), [], {})
         self._every: list[int] = []
         self._averaged: set[str] = set()
         self._steps: list[int] = []
@@ -89,16 +89,21 @@ class StepRecorder:
         row = self._row(step)
         if names is not self._looked_up[0]:
             columns = [self._column(name, 1) for name in names]
+            first, last = columns[0], columns[-1]
             # a parameter that had no gradient at first has its column elsewhere
-            side_by_side = columns == list(range(columns[0], columns[0] + len(columns)))
-            place: Any = slice(columns[0], columns[-1] + 1) if side_by_side else columns
+            side_by_side = columns == list(range(first, last + 1))
+            place = slice(first, last + 1) if side_by_side else columns
             self._looked_up = names, place, dict.fromkeys(columns, (1, 0))
         _, place, filled = self._looked_up
-        if not self._on_host:
-            values = torch.as_tensor(values, dtype=self._dtype, device=self._device).detach()
-        elif isinstance(values, Tensor):
-            values = values.tolist()
-        self._cells[row, place] = values
+        if isinstance(values, Tensor):
+            values = values.double().tolist() if self._on_host else values.detach()
+        elif not self._on_host:  # gradients that are kept on the host
+            values = torch.tensor(values, dtype=self._dtype)
+        if isinstance(place, slice):
+            self._cells[row, place] = values
+        else:
+            for column, value in zip(place, values, strict=True):
+                self._cells[row, column] = value
         self._filled[row].update(filled)
 
     def put_host(self, step: int, name: str, value: float, *, every: int = 1) -> None:
@@ -112,9 +117,9 @@ class StepRecorder:
 
     def flush_if_due(self) -> None:
         """Flush the finished steps once the rows are full or, in one process, once a second."""
+        slow = time.monotonic() - self._last_flush >= _SECONDS
         # ranks flush together, because a flush averages over them: only the row count is the same on all
-        slow = self._trainer.world_size == 1 and time.monotonic() - self._last_flush >= _SECONDS
-        if slow or len(self._steps) >= ROWS:
+        if len(self._steps) >= ROWS or (slow and self._trainer.world_size == 1):
             self.flush_finished()
 
     def flush_finished(self) -> None:

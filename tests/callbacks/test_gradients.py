@@ -113,5 +113,6 @@ def test_norms_of_sparse_and_half_precision_gradients():
     half = torch.full((1000,), 200.0, dtype=torch.float16)  # its squares are beyond float16
     norms = gradient_norms([table.weight.grad, half])
     assert norms == pytest.approx([(10 + 4e7) ** 0.5, 10**0.5, 4e7**0.5])
-    assert norms.dtype == torch.float32
-    assert gradient_norms([half.double()]).dtype == torch.float64
+    exact = torch.tensor([1 + 2.0**-40], dtype=torch.float64)
+    assert gradient_norms([exact])[1] == exact.item()
+    assert gradient_norms([half, exact])[2] == exact.item()
