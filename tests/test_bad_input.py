@@ -132,6 +132,8 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --trainer.max_epochs many", ["trainer.max_epochs is many", "must be int"]),
         ("fit --config quickstart --data.batch_size 1.5", ["data.batch_size is 1.5", "must be int"]),
         ("fit --config quickstart --model.optimizer.lr fast", ["model.optimizer.lr is fast", "be float"]),
+        ("fit --config blitz --model.optimizer.parms 1", ["no key model.optimizer.parms", "mean 'model.optimizer'?"]),
+        ("fit --config blitz --model.optimizer LeanSDG", ["no class LeanSDG; did you mean 'LeanSGD'?"]),
         ("fit --config quickstart --model.num_classes ten", ["model.num_classes is ten", "must be int"]),
         ("fit --config quickstart --model.activation swish", ["model.activation is swish", "'tanh', 'relu'"]),
         ("fit --config quickstart --trainer.precision 17", ["trainer.precision is 17", "'bf16-mixed'"]),

@@ -18,6 +18,8 @@ import jsonargparse
 import lightning.pytorch as pl
 import torch
 import yaml
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import lit_basics
 from lit_basics import nets
@@ -280,20 +282,19 @@ def _nearest_key(wrong: str, keys: list[str], prefix: str = "") -> str:
 def _parameters(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     try:
-        parameters = jsonargparse.ArgumentParser().add_class_arguments(
-            getattr(importlib.import_module(module), name), fail_untyped=False
-        )
+        kind = getattr(importlib.import_module(module), name)
+        parameters = jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
     except (AttributeError, ImportError, ValueError, TypeError):
         return []
     # an optimizer gets its parameters, a scheduler its optimizer, not from the config
-    given = ("params", "optimizer") if class_path.startswith(("torch.optim.", "lit_basics.optim.")) else ()
+    given = ("params", "optimizer") if issubclass(kind, (Optimizer, LRScheduler)) else ()
     return [name for name in parameters if name not in given]
 
 
 def _classes(key: str) -> Iterable[str]:
     """Return the short names of the classes that ``key`` is likely to take."""
     last = key.rpartition(".")[2]
-    optimizers = dict.fromkeys(("optimizer", "matrices", "rest"), torch.optim.Optimizer)
+    optimizers = dict.fromkeys(("optimizer", "matrices", "rest"), Optimizer)
     bases: dict[str, type] = {
         "model": pl.LightningModule,
         "data": pl.LightningDataModule,
