@@ -12,14 +12,14 @@ def steps(optimizer_class, sparse=False, **arguments):
     torch.manual_seed(0)
     net = nn.Embedding(20, 3, sparse=True) if sparse else LeNet5()
     params = list(net.parameters())
-    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.02}] if len(params) > 1 else params
+    groups = params if sparse else [{"params": params[:1]}, {"params": params[1:], "lr": 0.02}]
     optimizer = optimizer_class(groups, lr=0.1, **arguments)
     for step in range(6):
         optimizer.zero_grad()
         inputs = torch.randint(20, (8,)) if sparse else torch.randn(4, 3, 32, 32)
         net(inputs).square().mean().backward()
-        if step < 2:
-            params[-1].grad = None if len(params) > 1 else params[-1].grad
+        if step < 2 and not sparse:
+            params[-1].grad = None
         optimizer.step()
     return params, optimizer
 
@@ -116,6 +116,11 @@ def test_filter_muon_moves_along_the_nearest_orthogonal_matrix(shape):
 def test_filter_muon_refuses_a_bias():
     with pytest.raises(UserError, match=r"not \(2,\): PairedOptimizer has the rest"):
         FilterMuon(nn.Linear(2, 2).parameters())
+
+
+def test_filter_muon_refuses_sparse_gradients():
+    with pytest.raises(RuntimeError, match="FilterMuon does not support sparse gradients"):
+        steps(FilterMuon, sparse=True)
 
 
 @pytest.mark.parametrize("arguments", [{"lr": -1.0}, {"momentum": -0.1}])

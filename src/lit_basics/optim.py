@@ -37,8 +37,9 @@ class PairedOptimizer(Optimizer):
         self, params: Iterable[Tensor], matrices: OptimizerCallable, rest: OptimizerCallable, filters: bool = False
     ) -> None:
         params = list(params)
-        chosen = [p for p in params if p.ndim == 2 or (filters and p.ndim > 2)]
-        others = [p for p in params if not any(p is one for one in chosen)]
+        dimensions = range(2, max((p.ndim for p in params), default=0) + 1) if filters else (2,)
+        chosen = [p for p in params if p.ndim in dimensions]
+        others = [p for p in params if p.ndim not in dimensions]
         if not chosen or not others:
             kind = "2-D or more" if filters else "2-D"
             raise UserError(
