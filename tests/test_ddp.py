@@ -22,7 +22,7 @@ def words(path, run_dir, *more):
 
 
 def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=100)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -128,3 +128,37 @@ def test_only_rank_0_writes(tmp_path):
     assert done.stdout.count("run directory: ") == 1
     names = {p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in (".sha256", ".previous")}
     assert names == {"images.npz", "best.ckpt", "best.pth", "config.yaml", "last.ckpt", "metrics.csv"}
+
+
+LOGS_ITSELF = """
+import torch
+import lightning.pytorch as pl
+
+class LogsItself(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+
+    def training_step(self, batch, batch_idx):
+        loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+"""
+WITHOUT_VALIDATION = {
+    "own module": ["--model", "logs_itself.LogsItself"],
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_VALIDATION)
+def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch):
+    # without a validation, the bar is the first to read the epoch's means
+    (tmp_path / "logs_itself.py").write_text(LOGS_ITSELF)
+    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    data = ["--data", "SyntheticCIFAR10", "--data.train_images", "80", "--data.test_images", "20"]
+    data += ["--data.val_size", "0", "--data.batch_size", "40"]
+    settings = ["--trainer.max_epochs", "2", "--run_dir", str(tmp_path / "run")]
+    run([*FIT, "--config", "ddp", *WITHOUT_VALIDATION[kind], *data, *settings])
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4

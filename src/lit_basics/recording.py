@@ -138,6 +138,7 @@ class StepRecorder:
             return
         rows = self._buffer[:count]
         if self._trainer.world_size > 1:
+            compute_logged(self._trainer)
             rows = self._trainer.strategy.reduce(rows.clone(), reduce_op="mean")
         written = list(zip(self._steps[:count], rows.tolist(), self._filled, self._host, strict=False))
         self._buffer[: len(self._steps) - count] = self._buffer[count : len(self._steps)].clone()
@@ -239,3 +240,13 @@ def recorder_of(trainer: pl.Trainer) -> StepRecorder:
     if recorder is None:
         recorder = _recorders[trainer] = StepRecorder(trainer)
     return recorder
+
+
+def compute_logged(trainer: pl.Trainer) -> None:
+    """Compute what was logged in an epoch; at its end to be called before ranks send each other anything.
+
+    A mean over the ranks is computed when it is first read. Rank 0's progress bar reads it at the end of the epoch,
+    where the others have none: it would wait for them while they wait for it elsewhere.
+    """
+    if trainer.world_size > 1:
+        _ = trainer.callback_metrics

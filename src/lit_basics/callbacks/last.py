@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from lit_basics.recording import compute_logged
+
 MIN_SECONDS = 10.0
 """Epochs shorter than this do not each write a file; the end of training always does."""
 MAX_SECONDS = 300.0
@@ -45,6 +47,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the last save is less than ten seconds old."""
+        compute_logged(trainer)
         self._save_if_older(trainer, MIN_SECONDS)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

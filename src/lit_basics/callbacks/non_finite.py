@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lit_basics.callbacks.gradients import GradientMonitor
 from lit_basics.errors import UserError
-from lit_basics.recording import recorder_of
+from lit_basics.recording import compute_logged, recorder_of
 
 Policy = Literal["stop", "skip", "rollback"]
 
@@ -209,6 +209,7 @@ class NonFiniteGuard(pl.Callback):
         Raises:
             NonFiniteError: If something is not finite and the policy or the budget says so.
         """
+        compute_logged(trainer)
         self._check(trainer, pl_module)
 
     def on_save_checkpoint(

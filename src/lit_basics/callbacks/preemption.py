@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
+from lit_basics.recording import compute_logged
 
 SAME_SECONDS = 1.0
 """Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""
@@ -81,6 +82,7 @@ class Preemption(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave if a signal came."""
+        compute_logged(trainer)
         self._leave_if_signalled(trainer)
 
     def _leave_if_signalled(self, trainer: pl.Trainer) -> None:
