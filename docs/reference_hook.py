@@ -13,6 +13,7 @@ ROOMS = {
     "loggers": "Loggers",
     "optim": "Optimizers",
     "speed": "speed94",
+    "speed96": "speed96",
     "checkpoint_io": "Checkpoint files",
     "soft_loggers": "Loggers that fail soft",
     "verification": "Verify",

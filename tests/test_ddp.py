@@ -148,6 +148,10 @@ class LogsItself(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 """
 WITHOUT_VALIDATION = {
+    "speed96": [
+        *("--config", "speed96", "--model.widths", "[8,16,16]", "--model.proxy_widths", "[4,8,8]"),
+        *("--trainer.strategy", "ddp_find_unused_parameters_true"),
+    ],
     "own module": ["--model", "logs_itself.LogsItself"],
 }
 

@@ -480,8 +480,10 @@ class OnlyCompiled(nn.Module):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("compile_net", [False, True])
-def test_a_compiled_net_learns_what_the_net_does(compile_net):
+@pytest.mark.parametrize("compile_net", [False, True, "reduce-overhead"])
+def test_a_compiled_net_learns_what_the_net_does(compile_net, monkeypatch):
+    compiled, modes = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda *args, mode: modes.append(mode) or compiled(*args, mode=mode))
     torch.manual_seed(0)
     net, plain = OnlyCompiled(), nn.Linear(4, 10)
     plain.load_state_dict(net.linear.state_dict())
@@ -496,6 +498,7 @@ def test_a_compiled_net_learns_what_the_net_does(compile_net):
         optimizer.zero_grad()
         nn.functional.cross_entropy(plain(x[part * 8 : part * 8 + 8]), y[part * 8 : part * 8 + 8]).backward()
         optimizer.step()
+    assert modes == {False: [], True: [None]}.get(compile_net, [compile_net])
     if not compile_net:
         assert_equal(copied(net), before)
         return
@@ -503,3 +506,8 @@ def test_a_compiled_net_learns_what_the_net_does(compile_net):
     for name, value in plain.state_dict().items():
         # fused kernels round differently: some float32 steps of numbers near 1
         torch.testing.assert_close(net.linear.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_mode_of_compiling_is_refused():
+    with pytest.raises(UserError, match="compile_net is 'fast'; it must be True, False or a mode: default, reduce"):
+        LitClassifier(nn.Linear(4, 10), compile_net="fast")

@@ -17,12 +17,13 @@ YAMLS = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
 RECIPES = [path.stem for path in YAMLS if len(path.parts) == 1]
 OVERLAYS = [path.stem for path in YAMLS if path.parts[0] == "overlays"]
 
-ON_CIFAR10 = ("blitz", "convnet3", "lenet5", "speed94")
+ON_CIFAR10 = ("blitz", "convnet3", "lenet5", "speed94", "speed96")
 SHORT = {  # what makes a recipe short enough for a test; none is changed otherwise
     "blitz": ["--trainer.max_epochs", "1"],
     "lenet5": ["--trainer.max_epochs", "1"],
     "muon": ["--trainer.max_epochs", "1", "--data.train_images", "500"],
     "speed94": ["--trainer.max_epochs", "2", "--data.batch_size", "50"],
+    "speed96": ["--trainer.max_epochs", "2", "--data.batch_size", "50"],
     "quickstart": ["--trainer.max_epochs", "1"],  # whole in a test of its own
 }
 

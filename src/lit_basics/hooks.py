@@ -61,7 +61,8 @@ class TrainingHooks(pl.Callback):
         if stage != TrainerFn.FITTING:
             return
         if self.module.compile_net:
-            self.module.net.compile()
+            mode = self.module.compile_net
+            self.module.net.compile(mode=None if mode is True else mode)
         if self._several:
             put_between(self.module)
 

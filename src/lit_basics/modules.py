@@ -6,7 +6,7 @@ by Lightning in automatic optimization and by ``_manual_step`` in manual optimiz
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,9 @@ from lit_basics.execution import Counters, only_optimizer, step_schedulers
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import recorder_of
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+"""Modes of torch.compile."""
 
 _PRIMITIVES = (bool, int, float, str, type(None))
 
@@ -50,7 +53,8 @@ class LitSupervised(pl.LightningModule):
         steps_per_execution: Optimizer steps for each batch that Lightning handles; above 1 they are made in manual
             optimization. It changes the speed of small nets only: see :mod:`lit_basics.execution`.
         compile_net: Whether ``net.compile()`` comes before training (torch.compile, in place: names in checkpoints
-            stay). It takes a while and a compiler, and rounds differently.
+            stay), or its mode; with "reduce-overhead" torch captures forward and backward as CUDA graphs on a GPU. It
+            takes a while and a compiler, and rounds differently.
 
     Raises:
         UserError: If ``steps_per_execution`` is below 1, or if it is above 1, or manual optimization asked of, a
@@ -69,13 +73,16 @@ class LitSupervised(pl.LightningModule):
         lr_monitor: str = "train/loss",
         automatic_optimization: bool = True,
         steps_per_execution: int = 1,
-        compile_net: bool = False,
+        compile_net: bool | CompileMode = False,
     ) -> None:
         super().__init__()
         if steps_per_execution < 1:
             raise UserError(f"steps_per_execution is {steps_per_execution}; it must be at least 1")
         if lr_interval not in ("epoch", "step"):
             raise UserError(f"lr_interval is {lr_interval!r}; it must be 'epoch' or 'step'")
+        if not isinstance(compile_net, bool) and compile_net not in get_args(CompileMode):
+            modes = ", ".join(get_args(CompileMode))
+            raise UserError(f"compile_net is {compile_net!r}; it must be True, False or a mode: {modes}")
         self.own_training_step = _overrides(self, "training_step")
         self.own_optimizers = _overrides(self, "configure_optimizers")
         several = steps_per_execution > 1

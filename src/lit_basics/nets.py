@@ -117,20 +117,39 @@ class SpeedNet(nn.Module):
     Args:
         num_classes: Number of classes.
         widths: Channels of the three blocks.
+        depth: Convolutions of a block: 2, or 3 with a residual connection over the last two, as for 96 %.
+        batch_norm_momentum: Share of a batch in the running statistics.
+        logit_scale: Factor of the logits. None: 1 / the head's inputs, and a head scaled to unit standard deviation.
+
+    Raises:
+        ValueError: If ``depth`` is neither 2 nor 3.
     """
 
     whitened: Tensor
 
-    def __init__(self, num_classes: int = 10, widths: tuple[int, int, int] = (64, 256, 256)) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        widths: tuple[int, int, int] = (64, 256, 256),
+        depth: int = 2,
+        batch_norm_momentum: float = 0.4,
+        logit_scale: float | None = None,
+    ) -> None:
+        if depth not in (2, 3):
+            raise ValueError(f"depth is {depth}; it must be 2 or 3")
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
         self.register_buffer("whitened", torch.tensor(False))
         channels = [24, *widths]
-        self.blocks = nn.Sequential(*(_speed_block(i, o) for i, o in zip(channels, widths, strict=False)))
+        blocks = (_speed_block(i, o, depth, batch_norm_momentum) for i, o in zip(channels, widths, strict=False))
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
-        with torch.no_grad():
-            self.head.weight /= self.head.weight.std()
+        self.logit_scale = logit_scale
+        if logit_scale is None:
+            self.logit_scale = 1 / widths[-1]
+            with torch.no_grad():
+                self.head.weight /= self.head.weight.std()
 
     @torch.no_grad()
     def whiten_(self, covariance: Tensor) -> None:
@@ -148,11 +167,19 @@ class SpeedNet(nn.Module):
         """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W)."""
         x = nn.functional.gelu(self.whiten(x))
         x = self.blocks(x).amax((2, 3))
-        logits: Tensor = self.head(x) / x.shape[1]
+        logits: Tensor = self.head(x) * self.logit_scale
         return logits
 
 
-def _speed_block(channels_in: int, channels_out: int) -> nn.Sequential:
+class _Residual(nn.Sequential):
+    """Adds its input to the output of its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def _speed_block(channels_in: int, channels_out: int, depth: int, momentum: float) -> nn.Sequential:
     def conv(channels: int) -> nn.Conv2d:
         conv = nn.Conv2d(channels, channels_out, 3, padding=1, bias=False)
         with torch.no_grad():
@@ -160,22 +187,27 @@ def _speed_block(channels_in: int, channels_out: int) -> nn.Sequential:
         return conv
 
     def norm() -> nn.BatchNorm2d:
-        norm = nn.BatchNorm2d(channels_out, eps=1e-12, momentum=0.4)
+        norm = nn.BatchNorm2d(channels_out, eps=1e-12, momentum=momentum)
         norm.weight.requires_grad_(False)
         return norm
 
-    layers = [conv(channels_in), nn.MaxPool2d(2), norm(), nn.GELU(), conv(channels_out), norm(), nn.GELU()]
-    return nn.Sequential(*layers)
+    first = [conv(channels_in), nn.MaxPool2d(2), norm(), nn.GELU()]
+    if depth == 2:
+        return nn.Sequential(*first, conv(channels_out), norm(), nn.GELU())
+    rest = [conv(channels_out), norm(), nn.GELU(), conv(channels_out), norm()]
+    return nn.Sequential(*first, _Residual(*rest), nn.GELU())
 
 
 @torch.no_grad()
 def patch_covariance(images: Tensor) -> Tensor:
     """Return the covariance (12, 12), about zero, of all 2×2 patches of images (N, 3, H, W).
 
-    The mean is not taken off: normalised images have almost none.
+    The mean is not taken off: normalised images have almost none. Patches that are zero, as of a cut-out square, do
+    not count.
     """
     patches = nn.functional.unfold(images, 2).transpose(1, 2).flatten(0, 1)
-    return patches.T @ patches / len(patches)
+    patches = patches[patches.any(1)]
+    return patches.T @ patches / max(1, len(patches))
 
 
 class Line(nn.Module):

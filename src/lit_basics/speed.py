@@ -1,4 +1,4 @@
-"""CIFAR-10 in minutes: the LightningModule of the recipe ``speed94``.
+"""CIFAR-10 in minutes: the LightningModule of the recipe ``speed94``, and what ``speed96`` shares with it.
 
 The recipe is airbench94_muon's (K. Jordan, https://github.com/KellerJordan/cifar10-airbench) with smaller images in
 the first epochs. The data's part, alternating flips and shifts of two pixels, is the DataModule's.
@@ -23,12 +23,68 @@ WHITENING_EPOCHS = 3
 """Epochs in which the bias of the whitening convolution is trained."""
 
 
-class LitSpeedNet(LitClassifier):
-    """SpeedNet by :class:`~lit_basics.optim.SpeedOptimizer`, all learning rates falling linearly to 0.
+class LitWhitened(LitClassifier):
+    """What the recipes share: whitening from the very first batch, bfloat16, six views of an image in test.
 
     It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), at every precision
     of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time augmentation:
     the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
+
+    Args:
+        net: Maps images (N, 3, H, W) to logits (N, num_classes).
+        label_smoothing: As for ``nn.CrossEntropyLoss``.
+        **kwargs: As :class:`LitClassifier`.
+    """
+
+    def __init__(self, net: SpeedNet, label_smoothing: float, **kwargs: Any) -> None:
+        super().__init__(net=net, criterion=nn.CrossEntropyLoss(label_smoothing=label_smoothing), **kwargs)
+        self.net.to(memory_format=torch.channels_last)
+
+    def whiten_once(self, images: Tensor, *nets: SpeedNet) -> None:
+        """Set the whitening of ``nets`` from the images of the very first batch, on all ranks together."""
+        if self.global_step or self.net.whitened:
+            return
+        covariance = patch_covariance(images)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(covariance)
+            covariance /= distributed.get_world_size()
+        for net in nets:
+            net.whiten_(covariance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W), in the dtype of ``x``."""
+        return self.logits(self.net, x)
+
+    def logits(self, net: nn.Module, x: Tensor) -> Tensor:
+        """Return what ``net`` makes of images ``x``, as :meth:`forward`."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
+            logits: Tensor = net(x)
+        return logits.to(x.dtype)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the test loss and metrics, with test-time augmentation."""
+        self._evaluate(batch, self.test_metrics, self.forward_augmented)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the predictions for a batch's inputs, with test-time augmentation."""
+        return self.forward_augmented(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def forward_augmented(self, x: Tensor) -> Tensor:
+        """Return the mean logits of six views of images ``x``."""
+
+        def mirrored(x: Tensor) -> Tensor:
+            logits: Tensor = (self(x) + self(x.flip(-1))) / 2
+            return logits
+
+        shifted = pad(x, (1, 1, 1, 1), mode="reflect")
+        return mirrored(x) / 2 + (mirrored(shifted[:, :, :-2, :-2]) + mirrored(shifted[:, :, 2:, 2:])) / 4
+
+
+class LitSpeedNet(LitWhitened):
+    """SpeedNet by :class:`~lit_basics.optim.SpeedOptimizer`, all learning rates falling linearly to 0.
+
+    In bfloat16 where the device has it, and tested with six views, as :class:`LitWhitened` says.
 
     Args:
         num_classes: Number of classes.
@@ -63,13 +119,12 @@ class LitSpeedNet(LitClassifier):
         super().__init__(
             net=SpeedNet(num_classes, widths),
             num_classes=num_classes,
-            criterion=nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            label_smoothing=label_smoothing,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler or self.falling_to_zero,
             lr_interval=lr_interval,
             **kwargs,
         )
-        self.net.to(memory_format=torch.channels_last)
         self.resolutions = list(resolutions)
 
     def trained_parameters(self) -> list[dict[str, Any]]:
@@ -97,43 +152,13 @@ class LitSpeedNet(LitClassifier):
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the batch at the epoch's resolution; the very first batch sets the whitening."""
         x, y = batch
-        if self.global_step == 0 and not self.net.whitened:
-            covariance = patch_covariance(x)
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(covariance)
-                covariance /= distributed.get_world_size()
-            self.net.whiten_(covariance)
+        self.whiten_once(x, self.net)
         if self.resolutions:
             side = self.resolutions[min(self.current_epoch, len(self.resolutions) - 1)]
             if side < x.shape[-1]:
                 x = interpolate(x, size=(side, side), mode="bilinear")
         loss: Tensor = self.criterion(self(x), y)
         return loss
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W), in the dtype of ``x``."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=has_bfloat16(x.device)):
-            logits: Tensor = self.net(x)
-        return logits.to(x.dtype)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the test loss and metrics, with test-time augmentation."""
-        self._evaluate(batch, self.test_metrics, self.forward_augmented)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the predictions for a batch's inputs, with test-time augmentation."""
-        return self.forward_augmented(batch[0] if isinstance(batch, (list, tuple)) else batch)
-
-    def forward_augmented(self, x: Tensor) -> Tensor:
-        """Return the mean logits of six views of images ``x``."""
-
-        def mirrored(x: Tensor) -> Tensor:
-            logits: Tensor = (self(x) + self(x.flip(-1))) / 2
-            return logits
-
-        shifted = pad(x, (1, 1, 1, 1), mode="reflect")
-        return mirrored(x) / 2 + (mirrored(shifted[:, :, :-2, :-2]) + mirrored(shifted[:, :, 2:, 2:])) / 4
 
 
 @functools.cache
