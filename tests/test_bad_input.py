@@ -109,6 +109,10 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --data NpzDatModule", ["NpzDatModule", "'NpzDataModule'"]),
         ("fit --config quickstart --trainer.callbacks GradMonitor", ["GradMonitor", "'GradientMonitor'"]),
         ("fit --config quickstart --trainer.callbacks+ EarlyStoping", ["EarlyStoping", "'EarlyStopping'"]),
+        (
+            "fit --config quickstart --trainer.callbacks+ LossReport --trainer.callbacks+ LossReport",
+            ["more than one stateful callback", "LossReport"],
+        ),
         ("fit --config quickstart --trainer.logger CSVLoger", ["CSVLoger", "'CSVLogger'"]),
         ("fit --model LitClassifier --model.net LeNt5", ["model.net", "LeNt5", "'LeNet5'"]),
         ("fit --model LitClassifier --model.net torch.nn.Linea", ["torch.nn.Linea", "'Linear'"]),

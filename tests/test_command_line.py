@@ -1,5 +1,6 @@
 """The command line: the run directory, the other subcommands, the recipes, the exit codes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -91,6 +92,13 @@ def test_a_new_optimizer_starts_from_its_own_defaults(tmp_path):
     arguments = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["optimizer"]["init_args"]
     assert arguments["weight_decay"] == 0.01
     assert arguments["lr"] == 0.03
+
+
+def test_two_reports_of_the_loss(tmp_path):
+    reports = [{"class_path": "LossReport", "init_args": {"every_n_steps": n}} for n in (2, 3)]
+    run = fit(*SMALL, "--trainer.callbacks", json.dumps(reports))
+    rows = metrics(run).values()
+    assert [sum(f"train/loss_mean_{n}" in row for row in rows) for n in (2, 3)] == [1, 1]
 
 
 def test_overlays_append_callbacks_and_typed_values_win(tmp_path):

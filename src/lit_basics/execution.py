@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -340,6 +341,7 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
         getattr(owner(name), name)
         for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     )
+    convert = trainer.precision_plugin.convert_input
     device = trainer.strategy.root_device
     own = is_overridden("transfer_batch_to_device", owner("transfer_batch_to_device"))
 
@@ -349,11 +351,14 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
         there = flat and all(type(part) is Tensor and part.device == device for part in batch)
         return batch if there else move(batch, device, 0)
 
+    def overridden(name: str) -> bool:
+        return is_overridden(name, owner(name))
+
     return [
-        trainer.precision_plugin.convert_input,
-        lambda batch: before(batch, 0),
+        *([convert] if getattr(convert, "__func__", None) is not Precision.convert_input else []),
+        *([lambda batch: before(batch, 0)] if overridden("on_before_batch_transfer") else []),
         moved,
-        lambda batch: after(batch, 0),
+        *([lambda batch: after(batch, 0)] if overridden("on_after_batch_transfer") else []),
     ]
 
 

@@ -20,7 +20,7 @@ from lit_basics.data.arrays import no_batches
 from lit_basics.errors import UserError
 from lit_basics.execution import Counters, only_optimizer, step_schedulers
 from lit_basics.hooks import TrainingHooks
-from lit_basics.optim import LRSchedulerCallable, OptimizerCallable
+from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import recorder_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -44,7 +44,8 @@ class LitSupervised(pl.LightningModule):
         net: Maps a batch of inputs to predictions.
         criterion: Maps (predictions, targets) to a scalar loss, a mean over the batch.
         metrics: torchmetrics by name, evaluated in validation and test and logged as ``val/<name>``.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Makes the optimizer from the parameters; by default SGD with learning rate 0.01, as a
+            :class:`~lit_basics.optim.LeanSGD`.
         lr_scheduler: Makes the learning-rate scheduler from the optimizer.
         lr_interval: Whether the scheduler steps every ``epoch`` or every optimizer ``step``.
         lr_monitor: What a ``ReduceLROnPlateau`` watches.
@@ -67,7 +68,7 @@ class LitSupervised(pl.LightningModule):
         criterion: nn.Module,
         metrics: Mapping[str, Metric] | None = None,
         *,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01),
+        optimizer: OptimizerCallable = lambda params: LeanSGD(params, lr=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "epoch",
         lr_monitor: str = "train/loss",
@@ -270,7 +271,7 @@ class LitLeNet5(LitClassifier):
         activation: nets.Activation = "tanh",
         pooling: nets.Pooling = "avg",
         *,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+        optimizer: OptimizerCallable = lambda params: LeanSGD(params, lr=0.01, momentum=0.9),
         **kwargs: Any,
     ) -> None:
         net = nets.LeNet5(num_classes, in_channels, activation, pooling)
@@ -290,7 +291,7 @@ class LitBlitzNet(LitClassifier):
         self,
         num_classes: int = 10,
         *,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.001, momentum=0.9),
+        optimizer: OptimizerCallable = lambda params: LeanSGD(params, lr=0.001, momentum=0.9),
         **kwargs: Any,
     ) -> None:
         net = nets.BlitzNet(num_classes)

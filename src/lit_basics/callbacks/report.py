@@ -36,6 +36,11 @@ class LossReport(pl.Callback):
         self._first_step = 0
         self._recorder: StepRecorder | None = None
 
+    @property
+    def state_key(self) -> str:
+        """The key of its state in a checkpoint: reports of other keys have their own."""
+        return self._generate_state_key(key=self.key)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the rows of the recorder."""
         self._recorder = recorder_of(trainer)
