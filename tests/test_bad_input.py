@@ -494,6 +494,11 @@ def test_nothing_to_validate_on(refused, trained):
     refused([*words, "--ckpt_path", checkpoint], "nothing to validate on")
 
 
+def test_nothing_to_predict(refused, trained):
+    words = ["predict", "--run_dir", trained, "--trainer.limit_predict_batches", "0"]
+    refused(words, "nothing to predict")
+
+
 HPARAMS = """
 from pathlib import Path
 from lit_basics import LitLeNet5, SyntheticCIFAR10

@@ -63,6 +63,8 @@ def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, An
     if trainer.world_size > 1:
         raise UserError("predict runs in one process: --trainer.devices 1")
     batches: list[Any] = trainer.predict(model, **known) or []
+    if not batches:
+        raise UserError("there is nothing to predict: the data has no test images")
     other = next((batch for batch in batches if not isinstance(batch, torch.Tensor)), None)
     if other is not None:
         kind = type(other).__name__
