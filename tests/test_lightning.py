@@ -275,3 +275,25 @@ def test_lightning_passes_over_the_hooks_that_a_callback_does_not_have():
     assert other.set
     # what Lightning can call costs time: without skip_empty_hooks this is a method
     assert ends.on_before_zero_grad is None
+
+
+def test_attributes_are_those_of_any_module():
+    # the short way of LitSupervised.__setattr__ is for strings and None over plain attributes
+    def after(module):
+        for value in ("a", None, nn.Parameter(torch.ones(1)), None, nn.Linear(1, 1), None, "b"):
+            try:
+                module.note = value
+            except TypeError as error:
+                yield str(error).split("'")[1]
+            yield [name for name, _ in module.named_parameters()], "note" in vars(module), type(module.note)
+
+    ours = LitClassifier(nn.Identity())
+    ours.net = ours.criterion = None
+    assert list(after(ours)) == list(after(pl.LightningModule()))
+
+
+def test_a_batch_that_is_on_its_device_stays_as_it_is():
+    module, batch = LitClassifier(nn.Identity()), (torch.ones(2), torch.ones(2))
+    assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
+    moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert [part.device.type for part in moved] == ["meta", "meta"]

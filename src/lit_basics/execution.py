@@ -343,13 +343,6 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
     )
     convert = trainer.precision_plugin.convert_input
     device = trainer.strategy.root_device
-    own = is_overridden("transfer_batch_to_device", owner("transfer_batch_to_device"))
-
-    def moved(batch: Any) -> Any:
-        # Lightning's walk through the batch takes longer than to see that nothing is to be moved
-        flat = not own and type(batch) in (tuple, list)
-        there = flat and all(type(part) is Tensor and part.device == device for part in batch)
-        return batch if there else move(batch, device, 0)
 
     def overridden(name: str) -> bool:
         return is_overridden(name, owner(name))
@@ -357,7 +350,7 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
     return [
         *([convert] if getattr(convert, "__func__", None) is not Precision.convert_input else []),
         *([lambda batch: before(batch, 0)] if overridden("on_before_batch_transfer") else []),
-        moved,
+        lambda batch: move(batch, device, 0),
         *([lambda batch: after(batch, 0)] if overridden("on_after_batch_transfer") else []),
     ]
 

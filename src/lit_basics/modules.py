@@ -205,6 +205,19 @@ class LitSupervised(pl.LightningModule):
             step_schedulers(self, "epoch", plateau=False)
         return losses[0].detach()
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch on ``device``; one that is there already is not walked through."""
+        if type(batch) in (tuple, list) and all(type(part) is Tensor and part.device == device for part in batch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes each hook that it calls in an attribute, some forty times a step
+        if (value is None or type(value) is str) and name in vars(self):
+            vars(self)[name] = value  # no parameter: nn.Module need not look for one
+        else:
+            super().__setattr__(name, value)
+
     # evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -232,6 +245,10 @@ class LitSupervised(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what works around the steps; a subclass that overrides this adds ``super()``'s."""
         return [TrainingHooks(self)]
+
+
+# Lightning asks for it at every batch, and would have it made anew
+LitSupervised.training_step.__signature__ = inspect.signature(LitSupervised.training_step)  # type: ignore[attr-defined]
 
 
 class LitClassifier(LitSupervised):

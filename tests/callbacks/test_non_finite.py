@@ -765,3 +765,12 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
     assert lines == expected
     for path in tmp_path.rglob("*.ckpt"):
         assert_files_are_finite(path.parent)
+
+
+def test_with_float64_as_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert _are_finite([torch.ones(3)], writable=True)
+        assert not _are_finite([torch.tensor([1.0, math.nan])], writable=True)
+    finally:
+        torch.set_default_dtype(torch.float32)

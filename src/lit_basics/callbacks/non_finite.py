@@ -21,6 +21,7 @@ Policy = Literal["stop", "skip", "rollback"]
 
 LOSSES = 1000
 """The most losses that are kept of a step (there is one for each accumulated batch)."""
+_ONE = torch.ones(1, dtype=torch.float32)
 USUAL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -487,9 +488,9 @@ def _are_finite(tensors: Iterable[Tensor], writable: bool = False) -> bool:
     """
     plain = _plain(tensors)
     if writable and plain and all(value.device.type == "cpu" for value in plain):
-        found = torch.zeros(1)
+        found = torch.zeros(1, dtype=torch.float32)
         # the GradScaler's kernel: a third of the time of the norms
-        torch._amp_foreach_non_finite_check_and_unscale_(plain, found, torch.ones(1))
+        torch._amp_foreach_non_finite_check_and_unscale_(plain, found, _ONE)
         return not found.item()
     return bool(torch.isfinite(_norms(plain)).all())
 
