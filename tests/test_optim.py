@@ -1,5 +1,7 @@
 """LeanSGD beside torch.optim.SGD, and FilterMuon beside its definition."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +139,19 @@ def test_filters_go_with_the_matrices_if_asked():
     assert shapes == {False: [[2, 2, 2], [4, 1, 4, 1, 1, 1, 1]], True: [[4, 4, 2, 2, 2], [1, 1, 1, 1, 1]]}
     with pytest.raises(UserError, match="of 1 parameters 1 are 2-D or more"):
         PairedOptimizer([nn.Parameter(torch.ones(2, 2, 2, 2))], LeanSGD, LeanSGD, filters=True)
+
+
+def test_a_copied_pair_goes_on_as_the_original_would():
+    nets = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        net = LeNet5()
+        optimizer = PairedOptimizer(net.parameters(), FilterMuon, lambda params: LeanSGD(params, momentum=0.9), True)
+        for step in range(4):
+            if copied and step == 2:
+                net, optimizer = copy.deepcopy((net, optimizer))
+            optimizer.zero_grad()
+            net(torch.ones(2, 3, 32, 32)).square().mean().backward()
+            optimizer.step()
+        nets.append(net)
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))

@@ -68,6 +68,10 @@ class PairedOptimizer(Optimizer):
             optimizer.step()
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled."""
+        return {**super().__getstate__(), "_optimizers": self._optimizers}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of both optimizers."""
         super().load_state_dict(state_dict)
