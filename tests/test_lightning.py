@@ -290,10 +290,3 @@ def test_attributes_are_those_of_any_module():
     ours = LitClassifier(nn.Identity())
     ours.net = ours.criterion = None
     assert list(after(ours)) == list(after(pl.LightningModule()))
-
-
-def test_a_batch_that_is_on_its_device_stays_as_it_is():
-    module, batch = LitClassifier(nn.Identity()), (torch.ones(2), torch.ones(2))
-    assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
-    moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert [part.device.type for part in moved] == ["meta", "meta"]

@@ -28,6 +28,8 @@ CASES = {
     "clipped": {"gradient_clip_val": 0.1},
     # Lightning alone would end the epoch a second time and leave one out
     "steps": {"max_epochs": 5, "max_steps": 18},
+    # Lightning alone would round the weights to float32
+    "float64": {"precision": "64-true"},
 }
 
 MODES = {

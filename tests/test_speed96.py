@@ -1,13 +1,18 @@
 """speed96: the module against the recipe written out here, its proxy trained first as in the source."""
 
+import math
+
 import pytest
 import torch
+from helpers import fit as fit_by_command
+from helpers import metrics
 from test_speed94 import BATCH, EPOCHS, fit, images, whitening
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_basics import LitSpeedNet96, LookaheadLR, LookaheadSGD, RandomState, SpeedNet, verify
+from lit_basics import LitSpeedNet96, LookaheadLR, LookaheadSGD, NonFiniteGuard, RandomState, SpeedNet, verify
+from lit_basics.cli import main
 from lit_basics.errors import UserError
 from lit_basics.nets import patch_covariance
 
@@ -97,7 +102,7 @@ def test_the_recipe_equals_the_one_written_out(monkeypatch):
     fit(model, data, precision="64-true")
     for mine, theirs in ((net, model.net), (proxy, model.proxy)):
         for (name, expected), value in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
-            if name != "whitened" and "num_batches" not in name:
+            if "num_batches" not in name:
                 assert (value - expected).abs().max() < 1e-10, name
 
 
@@ -117,9 +122,9 @@ def test_the_loss_is_that_of_the_images_the_proxy_finds_hardest():
     model = LitSpeedNet96(**WIDTHS, hardest=0.25)
     x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
     loss = model.compute_loss((x, y), 0)
-    losses = F.cross_entropy(model.proxy(x), y, reduction="none", label_smoothing=0.2)
+    losses = F.cross_entropy(model.logits(model.proxy, x), y, reduction="none", label_smoothing=0.2)
     hardest = losses.argsort()[-4:].sort().values
-    assert torch.equal(loss, model.criterion(model.net(x[hardest]), y[hardest]))
+    assert torch.equal(loss, model.criterion(model(x[hardest]), y[hardest]))
     loss.backward()
     gradient = model.proxy.head.weight.grad
     (expected,) = torch.autograd.grad(losses[hardest].mean(), model.proxy.head.weight)
@@ -175,7 +180,103 @@ def test_the_sizes_are_the_sources():
     assert sum(p.numel() for p in model.proxy.parameters()) == 146_744
 
 
+class Spoilt(LitSpeedNet96):
+    """Its loss is NaN in the third batch."""
+
+    def compute_loss(self, batch, batch_idx):
+        loss = super().compute_loss(batch, batch_idx)
+        return loss * math.nan if self.trainer.fit_loop.total_batch_idx == 2 else loss
+
+
+@pytest.mark.filterwarnings("ignore:loss is")
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_guard_and_lookahead_go_together(policy):
+    model = Spoilt(**WIDTHS)
+    fit(model, images(), NonFiniteGuard(policy))  # rolled back to before the whitening and the slow weights
+    assert model.net.whitened
+    assert model.proxy.whitened
+
+
+def test_a_step_without_gradients_is_none():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = LookaheadSGD([{"name": "weights", "params": [weight]}], lookahead=0.5, lookahead_steps=1)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    after = weight.detach().clone()
+    weight.grad = None
+    optimizer.step()
+    assert torch.equal(weight, after)
+
+
+def test_each_net_is_whitened_once():
+    model, other = LitSpeedNet96(**WIDTHS), LitSpeedNet96(**WIDTHS)
+    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    model.compute_loss((x, y), 0)
+    first = model.net.whiten.weight.clone()
+    assert model.net.whitened
+    assert not other.net.whitened
+    model.compute_loss((2 * x, y), 0)
+    assert torch.equal(model.net.whiten.weight, first)
+    other.net.load_state_dict(model.net.state_dict())
+    other.compute_loss((2 * x, y), 0)
+    assert torch.equal(other.net.whiten.weight, first)
+    assert other.proxy.whitened
+    assert not torch.equal(other.proxy.whiten.weight, first)
+
+
+def test_a_longer_schedule_goes_on_from_a_shorter_ones_state():
+    rates = []
+    for first in (10, 20):
+        optimizer = LookaheadSGD([{"name": "weights", "params": [nn.Parameter(torch.ones(1))]}])
+        scheduler = LookaheadLR(optimizer, first)
+        for step in range(12):
+            if step == 5:
+                state, optimizers = scheduler.state_dict(), optimizer.state_dict()
+                scheduler = LookaheadLR(optimizer, 20)
+                optimizer.load_state_dict(optimizers)
+                scheduler.load_state_dict(state)
+            optimizer.step()
+            scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == rates[1] > 0
+
+
+def test_every_parameter_is_in_a_group():
+    model = LitSpeedNet96(**WIDTHS)
+    model.net.head = nn.Linear(16, 10)
+    names = [name for name, _ in model.named_parameters() if not name.endswith("whiten.weight")]
+    for converted in (model, nn.SyncBatchNorm.convert_sync_batchnorm(model)):
+        groups = {group["name"]: group["params"] for group in converted.trained_parameters()}
+        trained = [p for params in groups.values() for p in params if p.requires_grad]
+        assert len(trained) == len([p for p in converted.parameters() if p.requires_grad]) < len(names)
+        assert [len(groups[name]) for name in ("biases", "proxy_biases")] == [9, 6]
+        assert len(groups["weights"]) == 9 + 1 + 2 + 18  # filters, the whitening's bias, the head, statistics
+
+
+def test_a_resume_with_another_rate_is_refused(capsys):
+    small = ["--model.widths", "[8,16,16]", "--model.proxy_widths", "[4,8,8]", "--data", "SyntheticCIFAR10"]
+    small += ["--data.train_images", "80", "--data.test_images", "20", "--data.batch_size", "40"]
+    run = fit_by_command("--config", "speed96", *small, "--trainer.max_epochs", "1")
+    for flag in ("lr", "bias_lr", "weight_decay", "lookahead"):
+        words = ["fit", "--resume", str(run), "--trainer.max_epochs", "2", f"--model.optimizer.{flag}", "0.1"]
+        assert main(words) == 2
+        assert f"LookaheadSGD has no one {flag} for all parameters" in capsys.readouterr().err
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "3", "--model.optimizer.momentum", "0.8"]) == 0
+    assert metrics(run)[6]["train/loss_epoch"]
+
+
+def test_a_training_without_an_end_is_refused():
+    with pytest.raises(UserError, match="give max_epochs or max_steps"):
+        fit(LitSpeedNet96(**WIDTHS), images(), max_epochs=-1, max_time="00:00:00:01")
+
+
 def test_bad_arguments():
+    for wrong in ({"lr": -1.0}, {"bias_lr": -1.0}, {"weight_decay": -1.0}):
+        with pytest.raises(UserError, match="negative"):
+            LookaheadSGD(LitSpeedNet96(**WIDTHS).trained_parameters(), **wrong)
+    for wrong in ({"lookahead": 7.0}, {"lookahead_steps": 0}):
+        with pytest.raises(UserError, match="must be a share from 0 to 1"):
+            LookaheadSGD(LitSpeedNet96(**WIDTHS).trained_parameters(), **wrong)
     with pytest.raises(UserError, match="hardest is 0"):
         LitSpeedNet96(hardest=0)
     with pytest.raises(ValueError, match="depth is 4"):

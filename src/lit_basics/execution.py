@@ -347,10 +347,18 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
     def overridden(name: str) -> bool:
         return is_overridden(name, owner(name))
 
+    own = overridden("transfer_batch_to_device")
+
+    def moved(batch: Any) -> Any:
+        # Lightning's walk through the batch takes longer than to see that nothing is to be moved
+        flat = not own and type(batch) in (tuple, list)
+        there = flat and all(type(part) is Tensor and part.device == device for part in batch)
+        return batch if there else move(batch, device, 0)
+
     return [
         *([convert] if getattr(convert, "__func__", None) is not Precision.convert_input else []),
         *([lambda batch: before(batch, 0)] if overridden("on_before_batch_transfer") else []),
-        lambda batch: move(batch, device, 0),
+        moved,
         *([lambda batch: after(batch, 0)] if overridden("on_after_batch_transfer") else []),
     ]
 

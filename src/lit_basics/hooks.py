@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -56,6 +57,8 @@ class TrainingHooks(pl.Callback):
         there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            pl_module.double()  # Lightning does it after a checkpoint's numbers were rounded to float32
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
             skip_empty_hooks(callback)
         if stage != TrainerFn.FITTING:

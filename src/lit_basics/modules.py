@@ -23,7 +23,7 @@ from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import recorder_of
 
-CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """Modes of torch.compile."""
 
 _PRIMITIVES = (bool, int, float, str, type(None))
@@ -204,12 +204,6 @@ class LitSupervised(pl.LightningModule):
         if self.trainer.is_last_batch:
             step_schedulers(self, "epoch", plateau=False)
         return losses[0].detach()
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the batch on ``device``; one that is there already is not walked through."""
-        if type(batch) in (tuple, list) and all(type(part) is Tensor and part.device == device for part in batch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes each hook that it calls in an attribute, some forty times a step

@@ -125,8 +125,6 @@ class SpeedNet(nn.Module):
         ValueError: If ``depth`` is neither 2 nor 3.
     """
 
-    whitened: Tensor
-
     def __init__(
         self,
         num_classes: int = 10,
@@ -140,7 +138,6 @@ class SpeedNet(nn.Module):
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
-        self.register_buffer("whitened", torch.tensor(False))
         channels = [24, *widths]
         blocks = (_speed_block(i, o, depth, batch_norm_momentum) for i, o in zip(channels, widths, strict=False))
         self.blocks = nn.Sequential(*blocks)
@@ -161,7 +158,12 @@ class SpeedNet(nn.Module):
         values, vectors = torch.linalg.eigh(covariance.double().cpu())
         filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
-        self.whitened.fill_(True)
+
+    @property
+    def whitened(self) -> bool:
+        """Whether the first convolution was set: half of its filters are the negatives of the others."""
+        filters, negatives = self.whiten.weight.chunk(2)
+        return torch.equal(filters, -negatives)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W)."""

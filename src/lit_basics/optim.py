@@ -267,7 +267,7 @@ class LookaheadSGD(LeanSGD):
         lookahead_steps: Steps from one return to the next.
 
     Raises:
-        UserError: If a group has another name, or none.
+        UserError: If a group has another name, or none, or a value is out of its range.
     """
 
     def __init__(
@@ -280,6 +280,13 @@ class LookaheadSGD(LeanSGD):
         lookahead: float = 0.774,
         lookahead_steps: int = 5,
     ) -> None:
+        if min(lr, bias_lr, momentum, weight_decay) < 0:
+            raise UserError("LookaheadSGD takes no negative learning rate, momentum or weight decay")
+        if not 0 <= lookahead <= 1 or lookahead_steps < 1:
+            raise UserError(
+                f"lookahead is {lookahead}, every {lookahead_steps} steps; it must be a share from 0 to 1, every step "
+                "or less often"
+            )
         lrs = {"weights": lr, "biases": bias_lr, "proxy_weights": lr, "proxy_biases": bias_lr}
         groups = named_groups(params, lrs, weight_decay, "LookaheadSGD takes", "LitSpeedNet96's")
         for group in groups:
@@ -292,12 +299,14 @@ class LookaheadSGD(LeanSGD):
         """Make an update; ``closure``, if given, is evaluated once, first."""
         followed = [group for group in self.param_groups if "lookahead" in group]
         for group in followed:
-            if group["steps"] == 0:
-                for p in group["params"]:
+            for p in group["params"]:
+                if "slow" not in self.state[p]:
                     self.state[p]["slow"] = p.clone()
         loss = evaluate(closure)
         self._update()
         for group in followed:
+            if all(p.grad is None for p in group["params"]):
+                continue  # no step, as where a guard has dropped it
             group["steps"] += 1
             if group["steps"] % group["lookahead_steps"] == 0:
                 for p in group["params"]:
@@ -321,6 +330,10 @@ class LookaheadLR(LRScheduler):
             if "lookahead" in group:
                 group.setdefault("initial_lookahead", group["lookahead"])
         super().__init__(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, without the steps of the training: a resumed one may be longer."""
+        return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rates of the next step, and set its lookahead."""

@@ -195,7 +195,8 @@ class OptimizerArguments(pl.Callback):
         """Write the arguments into the groups and the schedulers.
 
         Raises:
-            UserError: If ``lr`` is to change under a scheduler that would undo it.
+            UserError: If ``lr`` is to change under a scheduler that would undo it, or if the groups do not share
+                a value.
         """
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if "lr" in self.arguments:
@@ -204,6 +205,16 @@ class OptimizerArguments(pl.Callback):
                     raise UserError(
                         f"{type(scheduler).__name__} keeps learning rates of its own, so lr cannot be "
                         f"{self.arguments['lr']} on a resume: resume without it, or start a new run with it"
+                    )
+        for name, wanted in self.arguments.items():
+            for optimizer in trainer.optimizers:
+                groups = optimizer.param_groups
+                key = "initial_lr" if name == "lr" else name
+                values = [group.get(key, group.get(name)) for group in groups]
+                if name not in groups[0] or any(value != values[0] for value in values):
+                    raise UserError(
+                        f"{type(optimizer).__name__} has no one {name} for all parameters, so it cannot be {wanted} on "
+                        "a resume: resume without it, or start a new run with it"
                     )
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             for name, value in self.arguments.items():

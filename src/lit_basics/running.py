@@ -46,6 +46,7 @@ def _is_user_error(error: Exception) -> bool:
         r"Early stopping conditioned on metric",
         r"No supported gpu",
         r"is missing the required \"forward\" function",
+        r"parameters that were not used in producing the loss",
         r"Found more than one stateful callback",
         r"can.t allocate memory|not enough memory",
     )

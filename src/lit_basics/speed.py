@@ -24,7 +24,7 @@ WHITENING_EPOCHS = 3
 
 
 class LitWhitened(LitClassifier):
-    """What the recipes share: whitening from the very first batch, bfloat16, six views of an image in test.
+    """What the recipes share: whitening from the first batch, bfloat16, six views of an image in test.
 
     It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), at every precision
     of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time augmentation:
@@ -39,17 +39,21 @@ class LitWhitened(LitClassifier):
     def __init__(self, net: SpeedNet, label_smoothing: float, **kwargs: Any) -> None:
         super().__init__(net=net, criterion=nn.CrossEntropyLoss(label_smoothing=label_smoothing), **kwargs)
         self.net.to(memory_format=torch.channels_last)
+        self._seen: dict[SpeedNet, int] = {}
 
     def whiten_once(self, images: Tensor, *nets: SpeedNet) -> None:
-        """Set the whitening of ``nets`` from the images of the very first batch, on all ranks together."""
-        if self.global_step or self.net.whitened:
-            return
-        covariance = patch_covariance(images)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(covariance)
-            covariance /= distributed.get_world_size()
+        """Set the whitening of those of ``nets`` that have none from the images of a batch, of all ranks together."""
         for net in nets:
-            net.whiten_(covariance)
+            filters = net.whiten.weight
+            if self._seen.get(net) == filters._version:  # not written to since: no need to wait for the device
+                continue
+            if not net.whitened:
+                covariance = patch_covariance(images)
+                if distributed.is_available() and distributed.is_initialized():
+                    distributed.all_reduce(covariance)
+                    covariance /= distributed.get_world_size()
+                net.whiten_(covariance)
+            self._seen[net] = filters._version
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W), in the dtype of ``x``."""
@@ -150,7 +154,7 @@ class LitSpeedNet(LitWhitened):
         return LambdaLR(optimizer, [linear(end) for end in ends])
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of the batch at the epoch's resolution; the very first batch sets the whitening."""
+        """Return the loss of the batch at the epoch's resolution; the first batch sets the whitening."""
         x, y = batch
         self.whiten_once(x, self.net)
         if self.resolutions:

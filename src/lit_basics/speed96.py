@@ -6,6 +6,7 @@ makes the same updates. The data's part, alternating flips, shifts of four pixel
 DataModule's.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ PROXY_EVERY = 4
 class LitSpeedNet96(LitWhitened):
     """A wider and deeper SpeedNet, trained on the images of each batch that a small proxy net finds hardest.
 
-    The proxy is trained beside the net, on what it has chosen, in every fourth step; by the order of its losses half of
-    a batch costs almost what all of it would bring. By :class:`~lit_basics.optim.LookaheadSGD`, the learning rates
+    The proxy is trained beside the net, on what it has chosen, in every fourth step; half of a
+    batch brings almost what all of it would. By :class:`~lit_basics.optim.LookaheadSGD`, the learning rates
     rising over the first tenth of the steps and falling linearly to 0. In bfloat16 where the device has it, and tested
     with six views, as :class:`LitWhitened` says. ``train/loss`` is of the chosen images.
 
@@ -84,22 +85,31 @@ class LitSpeedNet96(LitWhitened):
         self.proxy.whiten.requires_grad_(False)
 
     def trained_parameters(self) -> list[dict[str, Any]]:
-        """Return the groups: weights and biases of the batch norms, of the net and of the proxy.
+        """Return the groups: biases of the batch norms and all other weights, of the net and of the proxy.
 
-        The net's running statistics are among the weights: they have no gradient, but lookahead moves them.
+        The net's running statistics, as they are on its device now, are among the weights: they have no gradient, but
+        lookahead moves them.
         """
         groups = []
         for prefix, net in (("", self.net), ("proxy_", self.proxy)):
-            norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-            weights = [p for p in net.parameters() if p.requires_grad and (p.ndim > 1 or p is net.whiten.bias)]
+            norms = [module for module in net.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+            biases = {id(norm.bias) for norm in norms}
+            weights = [p for p in net.parameters() if p.requires_grad and id(p) not in biases]
             statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
             groups.append({"name": f"{prefix}weights", "params": weights if prefix else [*weights, *statistics]})
             groups.append({"name": f"{prefix}biases", "params": [norm.bias for norm in norms]})
         return groups
 
     def rising_and_falling(self, optimizer: Optimizer) -> LookaheadLR:
-        """Return the scheduler, over all steps of the training."""
-        return LookaheadLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        """Return the scheduler, over all steps of the training.
+
+        Raises:
+            UserError: If the training has no end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise UserError("LitSpeedNet96's learning rates fall until the training ends: give max_epochs or max_steps")
+        return LookaheadLR(optimizer, int(steps))
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the images that the proxy finds hardest, with the gradient of the proxy's own."""
