@@ -100,6 +100,10 @@ class Step:
         self.counters = Counters(self.trainer)
         # on one device; elsewhere the strategy has a part in forward, backward and step
         self.directly = type(self.trainer.strategy) is SingleDeviceStrategy
+        precision = self.trainer.precision_plugin
+        usual = type(precision).train_step_context is Precision.train_step_context
+        # which is this one in a generator
+        self._forward_context = precision.forward_context if usual else precision.train_step_context
         self._transfer = transfer_hooks(module)
         self._hooks = {
             name: hooks(module, name)
@@ -167,7 +171,7 @@ class Step:
 
         def closure() -> Tensor:
             # the context is left before the next evaluation: no cast of a weight outlives the weight
-            with trainer.precision_plugin.train_step_context():
+            with self._forward_context():
                 loss = module.compute_loss(batch, index)
             module.record("train/loss", loss)
             if index % accumulate == 0:

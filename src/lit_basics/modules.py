@@ -154,7 +154,8 @@ class LitSupervised(pl.LightningModule):
             value: A scalar tensor.
         """
         trainer = self.trainer
-        part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
+        part = trainer.fit_loop.batch_idx
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
         recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 
     # training

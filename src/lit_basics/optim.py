@@ -110,11 +110,11 @@ class LeanSGD(torch.optim.SGD):
     ) -> None:
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make an update; ``closure``, if given, is evaluated once, first."""
         loss = evaluate(closure)
-        self._update()
+        with torch.no_grad():
+            self._update()
         return loss
 
     def _update(self) -> None:
@@ -367,6 +367,8 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
     """Return the loss of a step's ``closure``, which computes the gradients; None without one."""
     if closure is None:
         return None
+    if torch.is_grad_enabled():
+        return closure()
     with torch.enable_grad():
         return closure()
 

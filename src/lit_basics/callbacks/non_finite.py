@@ -487,7 +487,7 @@ def _are_finite(tensors: Iterable[Tensor], writable: bool = False) -> bool:
         writable: Whether the quickest way may be taken, which writes each number as it is.
     """
     plain = _plain(tensors)
-    if writable and plain and all(value.device.type == "cpu" for value in plain):
+    if writable and plain and all(value.is_cpu for value in plain):
         found = torch.zeros(1, dtype=torch.float32)
         # the GradScaler's kernel: a third of the time of the norms
         torch._amp_foreach_non_finite_check_and_unscale_(plain, found, _ONE)
