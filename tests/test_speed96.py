@@ -224,6 +224,21 @@ def test_each_net_is_whitened_once():
     assert not torch.equal(other.proxy.whiten.weight, first)
 
 
+class TrainsFilters(LitSpeedNet96):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.net.whiten.requires_grad_(True)
+
+
+def test_whitening_filters_that_are_trained_are_not_set_again(monkeypatch):
+    whiten, set_nets = SpeedNet.whiten_, []
+    monkeypatch.setattr(SpeedNet, "whiten_", lambda net, covariance: set_nets.append(net) or whiten(net, covariance))
+    model = TrainsFilters(**WIDTHS)
+    fit(model, images())
+    assert set_nets == [model.net, model.proxy]
+    assert not model.net.whitened
+
+
 def test_a_longer_schedule_goes_on_from_a_shorter_ones_state():
     rates = []
     for first in (10, 20):

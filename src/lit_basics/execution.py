@@ -102,7 +102,7 @@ class Step:
         self.directly = type(self.trainer.strategy) is SingleDeviceStrategy
         precision = self.trainer.precision_plugin
         usual = type(precision).train_step_context is Precision.train_step_context
-        # which is this one in a generator
+        # usually that is this one, wrapped in a generator
         self._forward_context = precision.forward_context if usual else precision.train_step_context
         self._transfer = transfer_hooks(module)
         self._hooks = {

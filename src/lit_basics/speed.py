@@ -45,6 +45,8 @@ class LitWhitened(LitClassifier):
         """Set the whitening of those of ``nets`` that have none from the images of a batch, of all ranks together."""
         for net in nets:
             filters = net.whiten.weight
+            if self.global_step and filters.requires_grad:
+                continue  # a subclass trains them
             if self._seen.get(net) == filters._version:  # not written to since: no need to wait for the device
                 continue
             if not net.whitened:

@@ -26,10 +26,10 @@ PROXY_EVERY = 4
 class LitSpeedNet96(LitWhitened):
     """A wider and deeper SpeedNet, trained on the images of each batch that a small proxy net finds hardest.
 
-    The proxy is trained beside the net, on what it has chosen, in every fourth step; half of a
-    batch brings almost what all of it would. By :class:`~lit_basics.optim.LookaheadSGD`, the learning rates
-    rising over the first tenth of the steps and falling linearly to 0. In bfloat16 where the device has it, and tested
-    with six views, as :class:`LitWhitened` says. ``train/loss`` is of the chosen images.
+    The proxy is trained beside the net, on what it has chosen, in every fourth step; half of a batch brings almost what
+    all of it would. By :class:`~lit_basics.optim.LookaheadSGD`, the learning rates rising over the first tenth of the
+    steps and falling linearly to 0. In bfloat16 where the device has it, and tested with six views, as
+    :class:`LitWhitened` says. ``train/loss`` is of the chosen images.
 
     Several ranks choose from their own shares, and need ``strategy=ddp_find_unused_parameters_true``: most steps do not
     train the proxy.
