@@ -36,6 +36,17 @@ def fit(model, data, *callbacks, **kwargs):
     return trainer
 
 
+def same_batches(monkeypatch):
+    """Return data, and the batches that it gives in every epoch from here on."""
+    data = images(crop=0, flip=False)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(0)
+    batches = list(loader)
+    monkeypatch.setattr(type(loader), "__iter__", lambda self: iter(batches))
+    return data, batches
+
+
 def whitening(x):
     patches = torch.stack([x[:, :, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], 2)  # (N, C, 4, 31, 31)
     patches = patches.permute(0, 3, 4, 1, 2).reshape(-1, 12)
@@ -81,12 +92,7 @@ def written_out(net, batches, epochs):
 
 
 def test_the_recipe_equals_the_one_written_out(monkeypatch):
-    data = images(crop=0, flip=False)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(0)
-    batches = list(loader)
-    monkeypatch.setattr(type(loader), "__iter__", lambda self: iter(batches))
+    data, batches = same_batches(monkeypatch)
     optimizer = lambda groups: SpeedOptimizer(  # noqa: E731
         groups, head_lr=0.67 * BATCH, bias_lr=0.053 * BATCH, weight_decay=2e-6 * BATCH
     )

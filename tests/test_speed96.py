@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import fit as fit_by_command
 from helpers import metrics
-from test_speed94 import BATCH, EPOCHS, fit, images, whitening
+from test_speed94 import BATCH, EPOCHS, fit, images, same_batches, whitening
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -77,12 +77,7 @@ def written_out(net, batches, chosen):
 
 
 def test_the_recipe_equals_the_one_written_out(monkeypatch):
-    data = images(crop=0, flip=False)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(0)
-    batches = list(loader)
-    monkeypatch.setattr(type(loader), "__iter__", lambda self: iter(batches))
+    data, batches = same_batches(monkeypatch)
     scale = 1024 * (1 + 1 / 0.15)
     exact = {"lr": 9 / scale * CHOSEN, "bias_lr": 64 * 9 / scale * CHOSEN, "lookahead": 0.95**5}
     optimizer = lambda groups: LookaheadSGD(groups, **exact, weight_decay=0.012 * 1024 / scale)  # noqa: E731
