@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lit_basics import FilterMuon, LeanSGD, LeNet5, PairedOptimizer, UserError
 
@@ -43,6 +44,44 @@ def test_lean_sgd_equals_torchs(arguments):
     assert bool(states[0]) == ("momentum" in arguments)
     for index, state in states[0].items():
         assert torch.equal(state["momentum_buffer"], states[1][index]["momentum_buffer"])
+
+
+def called_hooks(optimizer_class):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = optimizer_class([parameter], lr=0.1)
+    called = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: called.append("before")),
+        optimizer.register_step_post_hook(lambda *_: called.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: called.append("before all")),
+        register_optimizer_step_post_hook(lambda *_: called.append("after all")),
+    ]
+    for handle in handles:
+        optimizer.step()
+        handle.remove()
+    optimizer.step()
+    return called
+
+
+def test_hooks_of_a_step_are_called_as_torch_calls_them():
+    class Sub(LeanSGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    wanted = called_hooks(torch.optim.SGD)
+    assert called_hooks(LeanSGD) == wanted
+    assert called_hooks(Sub) == wanted
+    assert len(wanted) == 4 + 3 + 2 + 1
+
+
+def test_the_profiler_sees_the_step_where_one_runs():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = LeanSGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(3)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert [event.count for event in profile.key_averages() if event.key == "Optimizer.step#LeanSGD.step"] == [1]
+    assert torch.equal(parameter, torch.full((3,), 0.9))
 
 
 @pytest.mark.parametrize(("first", "second"), [(LeanSGD, torch.optim.SGD), (torch.optim.SGD, LeanSGD)])

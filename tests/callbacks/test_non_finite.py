@@ -32,9 +32,9 @@ from lit_basics import (
     RandomState,
     UserError,
 )
-from lit_basics.callbacks.non_finite import _are_finite
 from lit_basics.cli import main
 from lit_basics.data.arrays import no_batches
+from lit_basics.finite import are_finite
 
 BATCHES, EVERY = 60, 7
 KINDS = ("nan loss", "inf loss", "gradient", "overflow", "buffer")
@@ -670,14 +670,14 @@ def test_every_kind_of_tensor_is_looked_at():
             torch.ones(2).long(),
         ),
     ]
-    for writable in (False, True):
-        assert _are_finite(kinds, writable)
+    for found in (None, torch.zeros(1)):
+        assert are_finite(kinds, found)
         for kind in kinds[:4]:
             for value in (math.nan, -math.inf):
                 broken = kind.clone()
                 broken[1] = value
-                assert not _are_finite([*kinds, broken], writable)
-        assert not _are_finite([table.weight.grad * math.inf], writable)
+                assert not are_finite([*kinds, broken], found)
+        assert not are_finite([table.weight.grad * math.inf], found)
 
 
 def test_wrong_arguments_are_refused():
@@ -770,7 +770,9 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
 def test_with_float64_as_the_default():
     torch.set_default_dtype(torch.float64)
     try:
-        assert _are_finite([torch.ones(3)], writable=True)
-        assert not _are_finite([torch.tensor([1.0, math.nan])], writable=True)
+        found = torch.zeros(1, dtype=torch.float32)
+        assert are_finite([torch.ones(3)], found)
+        assert not are_finite([torch.tensor([1.0, math.nan])], found)
+        assert are_finite([torch.ones(3)], found)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -15,14 +15,13 @@ from torch.optim import Optimizer
 
 from lit_basics.callbacks.gradients import GradientMonitor
 from lit_basics.errors import UserError
+from lit_basics.finite import are_finite, holds, is_finite, norms_of
 from lit_basics.recording import compute_logged, recorder_of
 
 Policy = Literal["stop", "skip", "rollback"]
 
 LOSSES = 1000
 """The most losses that are kept of a step (there is one for each accumulated batch)."""
-_ONE = torch.ones(1, dtype=torch.float32)
-USUAL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 class NonFiniteError(RuntimeError):
@@ -104,6 +103,7 @@ class NonFiniteGuard(pl.Callback):
         self._drop = False  # the step that is being accumulated is not to be made
         self._undo = False  # to be rolled back at the end of this batch
         self._stepped = False
+        self._found = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._evaluated: tuple[int, int] | None = None
         self._checked = 0
         self._snapshot: dict[str, Any] | None = None
@@ -122,9 +122,7 @@ class NonFiniteGuard(pl.Callback):
         before = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         self._monitor = next((c for c in before if isinstance(c, GradientMonitor)), None)
         fixed = [*pl_module.named_buffers(), *((n, p) for n, p in pl_module.named_parameters() if not p.requires_grad)]
-        self._infinite = {
-            name for name, value in fixed if _holds(value, torch.isinf) and not _holds(value, torch.isnan)
-        }
+        self._infinite = {name for name, value in fixed if holds(value, torch.isinf) and not holds(value, torch.isnan)}
         if fault := _agreed(trainer, self._fault_of_state(trainer, pl_module)):
             self._stop(trainer, fault.text)
         if self.policy == "rollback" and self._snapshot is None:
@@ -160,17 +158,17 @@ class NonFiniteGuard(pl.Callback):
             return
         elif not self._at_once:
             parameters = _with_gradients(optimizer)
-            self._steps.append(_Step(number, losses, parameters, _norms(_gradients(parameters))))
+            self._steps.append(_Step(number, losses, parameters, norms_of(_gradients(parameters))))
         else:
             evaluated, self._evaluated = self._evaluated, (id(optimizer), number)
             healthy = all(math.isfinite(loss.item()) for loss in losses)
             if norm is None or not math.isfinite(norm):  # a norm may overflow where no gradient does
-                healthy = healthy and _are_finite(_gradients(_with_gradients(optimizer)), writable=True)
+                healthy = healthy and are_finite(_gradients(_with_gradients(optimizer)), self._found)
             if self._buffers:
-                healthy = healthy and _are_finite(self._live_buffers(pl_module).values())
+                healthy = healthy and are_finite(self._live_buffers(pl_module).values())
             if healthy and trainer.world_size == 1:
                 return
-            broken = None if healthy else [p for p in _with_gradients(optimizer) if not _is_finite(p.grad)]
+            broken = None if healthy else [p for p in _with_gradients(optimizer) if not is_finite(p.grad)]
             fault = None if broken is None else self._fault_of_step(trainer, pl_module, number, losses, broken)
             if fault := _agreed(trainer, fault):
                 if self.policy == "skip" and evaluated == self._evaluated:
@@ -297,8 +295,8 @@ class NonFiniteGuard(pl.Callback):
     def _fault_of_accumulation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Fault | None:
         """Look at the step that is being accumulated."""
         losses = list(self._losses)
-        broken = [p for p in pl_module.parameters() if p.grad is not None and not _is_finite(p.grad)]
-        poisoned = self.policy == "skip" and not _are_finite(self._live_buffers(pl_module).values())
+        broken = [p for p in pl_module.parameters() if p.grad is not None and not is_finite(p.grad)]
+        poisoned = self.policy == "skip" and not are_finite(self._live_buffers(pl_module).values())
         if not broken and not poisoned and all(math.isfinite(loss.item()) for loss in losses):
             return None
         return self._fault_of_step(trainer, pl_module, trainer.global_step + 1, losses, broken)
@@ -324,7 +322,7 @@ class NonFiniteGuard(pl.Callback):
             what = "all gradients are finite"
         else:
             buffers = self._live_buffers(pl_module).items()
-            buffer = next((_clean(name) for name, b in buffers if not _is_finite(b)), "a buffer")
+            buffer = next((_clean(name) for name, b in buffers if not is_finite(b)), "a buffer")
             what = f"{buffer} is not finite, all gradients are"
         loss = "unknown" if value is None else f"{value:.6g}"
         return _Fault(number, finite, f"loss is {loss} at step {number} ({what})")
@@ -339,9 +337,9 @@ class NonFiniteGuard(pl.Callback):
             for parameter, values in optimizer.state.items():
                 of = names.get(id(parameter), "a parameter")
                 state |= {f"{of} ({where} of the optimizer)": value for where, value in _tensors(values)}
-        if _are_finite(state.values()):
+        if are_finite(state.values()):
             return None
-        first = next((_clean(name) for name, value in state.items() if not _is_finite(value)), None)
+        first = next((_clean(name) for name, value in state.items() if not is_finite(value)), None)
         step, batches = trainer.global_step, trainer.fit_loop.total_batch_idx + 1
         when = f"after step {step}" if step else f"after batch {batches}" if batches else "before the first step"
         return None if first is None else _Fault(math.inf, True, f"{first} is not finite {when}")
@@ -451,56 +449,6 @@ def _tensors(state: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(state, (list, tuple)):
         for index, value in enumerate(state):
             yield from _tensors(value, f"{where}[{index}]")
-
-
-def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return floating-point tensors as dense, local, real ones; the others hold nothing non-finite."""
-    plain = []
-    for value in tensors:
-        if value.dtype in USUAL and type(value) is Tensor and not value.requires_grad and not value.is_sparse:
-            plain.append(value)  # nearly always: what follows takes ten times as long
-            continue
-        value = value.detach()
-        value = value.to_local() if hasattr(value, "to_local") else value
-        value = value.coalesce().values() if value.is_sparse else value
-        value = torch.view_as_real(value) if value.is_complex() else value
-        if value.is_floating_point():
-            plain.append(value.float() if value.dtype.itemsize == 1 else value)
-    return plain
-
-
-def _norms(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the norm of each tensor, without a host sync; in float64 that of no float32 tensor overflows."""
-    plain = _plain(tensors)
-    if not plain:
-        return torch.zeros(0)
-    device = plain[0].device
-    norms = torch._foreach_norm(plain, 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    return torch.stack([norm.to(device) for norm in norms])
-
-
-def _are_finite(tensors: Iterable[Tensor], writable: bool = False) -> bool:
-    """Return whether all tensors are finite; False may be wrong for numbers beyond 1e154.
-
-    Args:
-        tensors: Tensors of any kind.
-        writable: Whether the quickest way may be taken, which writes each number as it is.
-    """
-    plain = _plain(tensors)
-    if writable and plain and all(value.is_cpu for value in plain):
-        found = torch.zeros(1, dtype=torch.float32)
-        # the GradScaler's kernel: a third of the time of the norms
-        torch._amp_foreach_non_finite_check_and_unscale_(plain, found, _ONE)
-        return not found.item()
-    return bool(torch.isfinite(_norms(plain)).all())
-
-
-def _holds(value: Tensor, what: Any) -> bool:
-    return any(bool(what(part).any()) for part in _plain([value]))
-
-
-def _is_finite(value: Tensor | None) -> bool:
-    return value is None or all(bool(torch.isfinite(part).all()) for part in _plain([value]))
 
 
 def _clean(name: str) -> str:
