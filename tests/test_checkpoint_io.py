@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_basics import DurableCheckpointIO, UserError
-from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, previous_path
+from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, copied, previous_path
 
 
 def checkpoint(value):
@@ -121,6 +121,29 @@ def test_what_is_held_is_a_copy(tmp_path):
     state["state_dict"]["weight"].zero_()
     io.teardown()
     assert io.load_checkpoint(path)["state_dict"]["weight"][0] == 2
+
+
+def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
+    table, bank = torch.arange(12.0).view(3, 4), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    trained = torch.ones(3, requires_grad=True)
+    # the same tensor twice, tied weights, a part, a transposed one, one in a graph, none, expanded, a scalar
+    state = {
+        "table": [table, table, table.detach(), table[1:], table.t()],
+        "alone": {"bank": bank, "trained": trained * 2, "none": torch.ones(0), "once": torch.ones(1).expand(3)},
+        "step": torch.tensor(7),
+        "lr": 0.1,
+    }
+    copy = copied(state)
+    before, after = ([*s["table"], *s["alone"].values(), s["step"]] for s in (state, copy))
+    assert all(map(torch.equal, before, after))
+    assert [t.stride() for t in before] == [t.stride() for t in after]
+    theirs, own = ([t.untyped_storage().data_ptr() for t in tensors] for tensors in (before, after))
+    assert len(set(own[:5])) == 1
+    assert not {*own} & {*theirs} - {0}  # of none
+    assert copy["table"][0] is copy["table"][1]
+    table.zero_()
+    assert copy["table"][0][2, 3] == 11
+    assert copy["lr"] == 0.1
 
 
 def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
