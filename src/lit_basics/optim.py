@@ -107,8 +107,8 @@ def _ranged_if_profiled(step: Callable[..., Any]) -> Callable[..., Any]:
 class LeanSGD(torch.optim.SGD):
     """``torch.optim.SGD``, bit for bit, in three calls for all parameters together.
 
-    For small nets on the CPU, where torch's own takes longer to sort the parameters than to move them. Either takes the
-    other's state.
+    For small nets on the CPU, where torch's own takes longer to sort the parameters than to move them. Nor is there a
+    range for the profiler around a step while none runs. Either takes the other's state.
 
     Args:
         params: The parameters, or groups of them.
