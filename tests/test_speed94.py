@@ -139,6 +139,15 @@ def test_any_resolution(side):
     assert sum(p.numel() for p in SpeedNet().parameters()) == 1_972_792
 
 
+def test_a_narrow_net_learns_at_the_learning_rates_of_the_wide_one():
+    """With logits divided by the number of channels all activations of this one die within ten steps."""
+    torch.manual_seed(0)
+    assert SpeedNet().logit_scale == 1 / 256
+    data = SyntheticCIFAR10(2000, 200, batch_size=250)
+    trainer = fit(LitSpeedNet(widths=(16, 32, 32), resolutions=[]), data, max_epochs=2)
+    assert trainer.callback_metrics["val/acc"] > 0.8
+
+
 def test_the_orthogonalized_matrix():
     for shape in ((16, 40), (40, 16)):
         singular = torch.linalg.svdvals(orthogonalized(torch.randn(shape), steps=10))

@@ -1,5 +1,6 @@
 """The networks, as plain ``nn.Module``: no Lightning here, so each loads and runs in bare torch."""
 
+import math
 from collections import OrderedDict
 from typing import Literal
 
@@ -119,7 +120,8 @@ class SpeedNet(nn.Module):
         widths: Channels of the three blocks.
         depth: Convolutions of a block: 2, or 3 with a residual connection over the last two, as for 96 %.
         batch_norm_momentum: Share of a batch in the running statistics.
-        logit_scale: Factor of the logits. None: 1 / the head's inputs, and a head scaled to unit standard deviation.
+        logit_scale: Factor of the logits. None: 1/256 of 256 channels, in other nets 1 / √(256 · channels), and a head
+            scaled to unit standard deviation.
 
     Raises:
         ValueError: If ``depth`` is neither 2 nor 3.
@@ -144,7 +146,8 @@ class SpeedNet(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         self.logit_scale = logit_scale
         if logit_scale is None:
-            self.logit_scale = 1 / widths[-1]
+            # so that logits, and what a step does to them, are as large at any width; the source has 256 channels
+            self.logit_scale = 1 / math.sqrt(256 * widths[-1])
             with torch.no_grad():
                 self.head.weight /= self.head.weight.std()
 
