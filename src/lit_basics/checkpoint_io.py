@@ -22,12 +22,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_basics.errors import UserError, printable
 from lit_basics.files import replace_file, sync_folder
+from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
 """Key of a checkpoint: the version that wrote it."""
@@ -134,17 +134,13 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
     """Return a copy on the CPU; tensors that share their memory, such as tied weights, do so in the copy."""
     copies: dict[int, Any] = {}
     alone: dict[int, Tensor | None] = {}
-
-    def copy_first(tensor: Tensor) -> Tensor:
+    for _, tensor in tensors_in(state):
         if tensor.device.type != "cpu" or tensor.requires_grad:  # deepcopy stays on the device, or refuses
             copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
         elif type(tensor) is Tensor and tensor.layout == torch.strided:
             memory = tensor.untyped_storage()
             whole = memory.nbytes() == tensor.nbytes
             alone[memory.data_ptr()] = tensor if whole and memory.data_ptr() not in alone else None
-        return tensor
-
-    apply_to_collection(state, Tensor, copy_first)
     # deepcopy takes ten times as long for a small tensor
     copies |= {id(tensor): tensor.clone() for tensor in alone.values() if tensor is not None}
     return copy.deepcopy(state, copies)

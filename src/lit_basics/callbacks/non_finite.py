@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lit_basics.callbacks.gradients import GradientMonitor
 from lit_basics.errors import UserError
 from lit_basics.finite import are_finite, holds, is_finite, norms_of
+from lit_basics.nested import tensors_in
 from lit_basics.recording import compute_logged, recorder_of
 
 Policy = Literal["stop", "skip", "rollback"]
@@ -336,7 +337,7 @@ class NonFiniteGuard(pl.Callback):
         for optimizer in trainer.optimizers:
             for parameter, values in optimizer.state.items():
                 of = names.get(id(parameter), "a parameter")
-                state |= {f"{of} ({where} of the optimizer)": value for where, value in _tensors(values)}
+                state |= {f"{of} ({where} of the optimizer)": value for where, value in tensors_in(values)}
         if are_finite(state.values()):
             return None
         first = next((_clean(name) for name, value in state.items() if not is_finite(value)), None)
@@ -437,18 +438,6 @@ def _agreed(trainer: pl.Trainer, fault: _Fault | None) -> _Fault | None:
     faults: list[_Fault | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(faults, fault)
     return min(fault for fault in faults if fault is not None)
-
-
-def _tensors(state: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in an optimizer's state of a parameter, with their keys; LBFGS has lists of them."""
-    if isinstance(state, Tensor):
-        yield where, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from _tensors(value, f"{where}{key}")
-    elif isinstance(state, (list, tuple)):
-        for index, value in enumerate(state):
-            yield from _tensors(value, f"{where}[{index}]")
 
 
 def _clean(name: str) -> str:
