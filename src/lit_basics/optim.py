@@ -83,8 +83,8 @@ class PairedOptimizer(Optimizer):
 def _ranged_if_profiled(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return an optimizer's ``step`` with what torch puts around it: hooks, and a range for the profiler.
 
-    Torch enters the range whether or not a profiler runs, 12 to 20 µs a step. Here are the only private names of torch
-    that this takes, and ``tests/test_optim.py`` breaks when they move.
+    Torch enters the range whether or not a profiler runs, 12 to 20 µs a step. The private names of torch that this
+    needs stand here alone, and ``tests/test_optim.py`` breaks when they move.
     """
     as_torch = Optimizer.profile_hook_step(step)
 
