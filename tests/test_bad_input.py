@@ -117,6 +117,9 @@ def assert_short(message, *fragments):
         ("fit --model LitClassifier --model.net LeNt5", ["model.net", "LeNt5", "'LeNet5'"]),
         ("fit --model LitClassifier --model.net torch.nn.Linea", ["torch.nn.Linea", "'Linear'"]),
         ("fit --config quickstart --data.transform torchvision.transforms.v2.RandomFlp", ["RandomFlp"]),
+        ("fit --config quickstart --data.transform RandomInvrt", ["RandomInvrt", "'RandomInvert'"]),
+        ("fit --config quickstart --data.transform RandomInvert", ["torchvision.transforms.v2.RandomInvert"]),
+        ("fit --config quickstart --data.transform torch.optim.SGD", ["transform is torch.optim.SGD, which", "Module"]),
         # an optimizer, a scheduler
         ("fit --config quickstart --model.optimizer Adm", ["model.optimizer", "Adm", "'Adam'"]),
         ("fit --config quickstart --model.optimizer adam", ["adam", "'Adam'"]),
@@ -398,6 +401,12 @@ def test_manual_mode_of_a_module_with_its_own_training_step(refused, mine):
 )
 def test_modules_of_the_users_own_that_cannot_be_built(refused, mine, text, fragments):
     refused(["fit", *SMALL, "--model", f"{mine(text)}.Mine"], *fragments)
+
+
+def test_an_error_without_a_message_is_named_by_its_kind(refused, mine):
+    name = mine("class Full:\n    def __call__(self, images):\n        raise MemoryError\n")
+    transform = ["--data.transform", f"{name}.Full"]
+    refused([*QUICK, *SMALL, *transform], "LitLeNet5 cannot train on this data: MemoryError")
 
 
 # runs and checkpoints

@@ -111,6 +111,20 @@ def test_overlays_append_callbacks_and_typed_values_win(tmp_path):
     assert config["trainer"]["max_epochs"] == 1
 
 
+def test_a_transform_is_named_in_a_config(tmp_path):
+    parts = [{"class_path": f"torchvision.transforms.v2.{name}"} for name in ("GaussianNoise", "RandomInvert")]
+    compose = {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": parts}}
+    config = tmp_path / "transformed.yaml"
+    config.write_text(yaml.safe_dump({"data": {"init_args": {"transform": compose}}}))
+    words = ["fit", *SMALL, "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    with pytest.warns(UserWarning, match="Compose draws at random"):
+        assert main(words) == 0
+    with pytest.warns(UserWarning, match="Compose draws at random"):
+        assert main(["fit", "--resume", str(tmp_path / "run"), "--trainer.max_epochs", "2"]) == 0
+    with pytest.warns(UserWarning, match="Compose draws at random"):
+        assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
+
+
 def test_no_recipe_is_needed_where_model_and_data_are_named(tmp_path):
     words = ["--model", "LitBlitzNet", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
     assert main(["fit", *words, "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]) == 0

@@ -25,8 +25,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_basics.errors import UserError, printable
-from lit_basics.files import replace_file, sync_folder
+from lit_basics.errors import UserError, first_line, printable
+from lit_basics.files import file_sha256, replace_file, sync_folder
 from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
@@ -171,7 +171,7 @@ def write_checked(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         digest = hashlib.sha256(content).hexdigest()
-        if file_digest(Path(staged)) != digest:
+        if file_sha256(Path(staged)) != digest:
             raise OSError(f"{path} could not be written: the disk returns other bytes")
         # before the files change: whichever of them a crash leaves, and however many crashes, their sums are listed
         stays = good or _good_digest(previous_path(path), known)
@@ -188,7 +188,7 @@ def write_checked(path: Path, content: bytes) -> None:
 
 def _good_digest(path: Path, known: list[str]) -> str | None:
     """Return the SHA-256 of a file if it is known, or if none is; None if it is damaged or not there."""
-    digest = file_digest(path) if path.is_file() else None
+    digest = file_sha256(path) if path.is_file() else None
     return digest if digest in known or not known else None
 
 
@@ -211,12 +211,6 @@ def known_digests(path: Path) -> list[str]:
         return []
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return the checkpoint in ``path`` or, if that is damaged, the one before it; no code is run.
 
@@ -232,8 +226,7 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         try:
             checkpoint = _load(file, known_digests(path), map_location)
         except Exception as error:  # torch.load raises many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reasons.append(f"{file} is damaged or not a checkpoint: {printable(reason)[:150]}")
+            reasons.append(f"{file} is damaged or not a checkpoint: {printable(first_line(error))[:150]}")
         else:
             check_versions(checkpoint, file)
             if reasons:
@@ -245,7 +238,7 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
     if not path.is_file():
         raise OSError("a folder" if path.is_dir() else "no such file")
-    if digests and file_digest(path) not in digests:
+    if digests and file_sha256(path) not in digests:
         raise ValueError("its SHA-256 is not the one that was written")
     if not zipfile.is_zipfile(path):
         raise ValueError("no archive of torch.save")
@@ -261,7 +254,7 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
 
 def is_whole(path: Path) -> bool:
     """Return whether a file has the checksum that was written with it."""
-    return path.is_file() and file_digest(path) in known_digests(path)
+    return path.is_file() and file_sha256(path) in known_digests(path)
 
 
 def check_versions(checkpoint: dict[str, Any], path: Path) -> None:

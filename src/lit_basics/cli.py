@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 from lit_basics.errors import UserError, nearest, printable, shortened
 from lit_basics.output import outlive_readers
-from lit_basics.recipes import recipe_names, recipe_path
+from lit_basics.recipes import all_names, recipe_names, recipe_path
 
 SUBCOMMANDS = ("fit", "verify", "validate", "test", "predict")
 
@@ -92,7 +92,7 @@ def _not_collecting() -> Iterator[None]:
 
 def _recipes(names: list[str]) -> None:
     if not names:
-        for name in (*recipe_names(), *recipe_names("overlays")):
+        for name in all_names():
             first = recipe_path(name).read_text().splitlines()[0]
             print(f"{name:20} {first.removeprefix('# ')}")
     for name in names:

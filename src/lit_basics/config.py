@@ -31,9 +31,9 @@ import lit_basics
 from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, nearest, root_cause, where
+from lit_basics.errors import UserError, first_line, nearest, root_cause, where
 from lit_basics.imports import FLAG, check_functions, import_policy
-from lit_basics.recipes import recipe_names, recipe_path
+from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import config_names, taken
 
 RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
@@ -295,7 +295,7 @@ def without_missing(loggers: Any) -> Any:
             except Exception as error:  # any other is raised again, and told of, when all is made
                 cause = root_cause(error)
                 if isinstance(cause, ModuleNotFoundError):
-                    name, reason = logger.class_path.rpartition(".")[2], str(cause).splitlines()[0]
+                    name, reason = logger.class_path.rpartition(".")[2], first_line(cause)
                     rank_zero_only(print)(
                         f"lit_basics: {name} is left out, the run goes on without it: {reason}", file=sys.stderr
                     )
@@ -386,11 +386,6 @@ def _values(content: Any, depth: int = 0) -> Iterator[None]:
         raise UserError(f"a config is nested more than {MAX_DEPTH} deep, or contains itself")
     for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
         yield from _values(inner, depth + 1)
-
-
-def all_names() -> list[str]:
-    """Return the names of all recipes and overlays."""
-    return [*recipe_names(), *recipe_names("overlays")]
 
 
 def as_list(value: Any) -> list[Any]:

@@ -20,12 +20,13 @@ import torch
 import yaml
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchvision.transforms import v2
 
 import lit_basics
 from lit_basics import nets
 from lit_basics.errors import nearest, shortened
 from lit_basics.imports import FLAG
-from lit_basics.recipes import recipe_names
+from lit_basics.recipes import all_names
 from lit_basics.words import config_names
 
 NO_MODEL = (
@@ -104,7 +105,7 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
         word = match[1].partition("=")[0]
         if word.startswith(("-", "–", "—")):  # some editors make a dash of two hyphens
             return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), _keys(parser), '--')}"
-        if word in (*recipe_names(), *recipe_names("overlays")) or word.endswith((".yaml", ".yml")):
+        if word in all_names() or word.endswith((".yaml", ".yml")):
             return f"{word!r} stands alone; did you mean '--config {word}'?"
         return f"{word!r} stands alone; a value follows its --KEY"
 
@@ -123,6 +124,11 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
         wrong = ".".join([*([key] if key else []), match[1].partition(".")[0]])
         keys = [f"{key}.{name}" for name in _parameters(problem.class_path)] if key else _keys(parser)
         return f"there is no key {wrong}{_place(wrong, args)}{_nearest_key(wrong, keys)}"
+
+    # Multiple subclasses with name A. Give the full class path to avoid ambiguity: torch.A, lightning.A.
+    if match := re.match(r"Multiple subclasses with name (\w+)\..*: (.+?)\.?$", reason):
+        paths = [path for path in match[2].split(", ") if not path.startswith("lightning.pytorch.cli.")]
+        return f"{key}: there are several classes {match[1]}{place}; write {' or '.join(paths)}"
 
     # Expected a dot import path string: Adm; for callbacks after: Expected a <class 'list'>
     if match := re.search(r"^Expected a dot import path string: ?(\S*)", "\n".join(problem.reasons), re.M):
@@ -145,11 +151,6 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
     if (match := re.match(r"No module named '([\w.]+)'", reason)) and problem.class_path.startswith(match[1]):
         hint = "python -m lit_basics finds modules in the working directory"
         return f"{key}: there is no module {match[1]} for {problem.class_path}{place}; {hint}"
-
-    # Multiple subclasses with name A. Give the full class path to avoid ambiguity: torch.A, lightning.A.
-    if match := re.match(r"Multiple subclasses with name (\w+)\..*: (.+?)\.?$", reason):
-        paths = [path for path in match[2].split(", ") if not path.startswith("lightning.pytorch.cli.")]
-        return f"{key}: there are several classes {match[1]}{place}; write {' or '.join(paths)}"
 
     # argument --run_dir: expected one argument
     if match := re.match(r"argument (?:\S*/)?(--\S+): expected", reason):
@@ -208,6 +209,8 @@ def _read(message: str) -> _Problem:
             problem.value = problem.value or value.partition(". Got value: ")[0]
             rest += value
     problem.key = ".".join(keys)
+    if match := re.match(r"Namespace\(class_path='([\w.]+)'", problem.value):
+        problem.value = match[1]
     if not problem.class_path and (match := re.search(r"class_path='([\w.]+)'", rest)):
         problem.class_path = match[1]
     return problem
@@ -311,6 +314,7 @@ def _classes(key: str) -> Iterable[str]:
         "objective": [nets, torch.nn],
         "criterion": [torch.nn],
         "logger": [pl.loggers],
+        "transform": [v2],
     }
     return [name for module in homes.get(last, []) for name in _classes_of(module.__name__)]
 

@@ -49,6 +49,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an exception's message, or its kind where it has none.
+
+    >>> first_line(ValueError("no\nmore")), first_line(MemoryError())
+    ('no', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def root_cause(error: BaseException) -> BaseException:
     """Return the exception that the others were raised from."""
     while error.__cause__ is not None:
@@ -61,6 +70,5 @@ def where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     libraries = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
     own = [frame for frame in frames if not any(library in frame.filename for library in libraries)]
-    reason = str(error).splitlines()[0] if str(error) else "no message"
     place = f" at {Path((own or frames)[-1].filename).name}:{(own or frames)[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}: {reason}"
+    return f"{type(error).__name__}{place}: {first_line(error) if str(error) else 'no message'}"

@@ -22,7 +22,7 @@ from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import is_restoring, load_weights
 from lit_basics.config import Config, as_list, with_durable_checkpoints, with_progress_bar
-from lit_basics.errors import UserError, shortened
+from lit_basics.errors import UserError, first_line, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
@@ -65,7 +65,7 @@ def fit(args: list[str]) -> None:
     except Exception as error:
         known = isinstance(error, (UserError, OSError, MisconfigurationException))
         if config.config.ckpt_path and not known and _was_restoring(trainer, error):
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+            reason = f"{type(error).__name__}: {first_line(error)[:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
         # a module that steps its optimizer past Lightning has no global_step
@@ -74,7 +74,7 @@ def fit(args: list[str]) -> None:
             remove_traces(made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
             if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError):
-                reason = shortened(str(error).splitlines()[0])
+                reason = shortened(first_line(error))
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
     finally:
@@ -175,7 +175,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     try:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(shortened(f"trainer: {str(error).splitlines()[0]}")) from error
+        raise UserError(shortened(f"trainer: {first_line(error)}")) from error
 
 
 def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback]:

@@ -7,7 +7,7 @@ import warnings
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_basics.errors import UserError, shortened
+from lit_basics.errors import UserError, first_line, shortened
 from lit_basics.evaluating import evaluate
 from lit_basics.fitting import fit
 from lit_basics.launching import ending_with_launcher
@@ -35,7 +35,7 @@ def run(command: str, args: list[str]) -> None:
     except (RuntimeError, IndexError, ValueError) as error:
         if not _is_user_error(error):
             raise
-        raise UserError(shortened(str(error).splitlines()[0])) from error
+        raise UserError(shortened(first_line(error))) from error
 
 
 def _is_user_error(error: Exception) -> bool:

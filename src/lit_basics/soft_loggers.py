@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from lit_basics.errors import root_cause
+from lit_basics.errors import first_line, root_cause
 
 AnyLogger = TypeVar("AnyLogger", bound=Logger)
 
@@ -104,11 +104,10 @@ class _Soft:
             return
         self._soft_failed = True
         cause = root_cause(error)  # what Lightning makes of it can be misleading
-        reason = str(cause).strip().partition("\n")[0]
         lost = "its rows" if self._soft_step is None else f"its rows from about step {self._soft_step + 1} on"
         folder = _wandb_folder() if isinstance(self, WandbLogger) else None
         _say(
-            f"{self._soft_kind.__name__} failed ({type(cause).__name__}: {reason}) and is switched off; "
+            f"{self._soft_kind.__name__} failed ({type(cause).__name__}: {first_line(cause)}) and is switched off; "
             f"the run goes on, {lost} are not logged there"
             + (f"\n  to upload what was written: wandb sync {folder}" if folder is not None else "")
         )
@@ -184,9 +183,8 @@ def _wandb_experiment(logger: Any, start: Callable[[Any], Any]) -> Any:
             wandb.teardown()  # it reads the environment only once
             with _environment({"WANDB_MODE": "offline"}):
                 run = start(logger)
-            reason = str(error).strip().partition("\n")[0]
             how = f"logging offline; to upload the run: wandb sync {_wandb_folder()}"
-            _say(f"W&B cannot be used online ({reason}): {how}")
+            _say(f"W&B cannot be used online ({first_line(error)}): {how}")
             return run
 
 

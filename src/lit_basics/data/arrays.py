@@ -6,13 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
 from lit_basics.data.order import EpochOrder, check_batch_size, generator, shared_order
 from lit_basics.errors import UserError
 
-Transform = Callable[[Tensor], Tensor]
+Transform = nn.Module | Callable[[Tensor], Any]
+"""Makes images of images; not ``Tensor``, of which jsonargparse would want a class to be a subclass."""
 Flip = bool | Literal["alternating"]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lit_basics.data.arrays import ArrayDataModule, ImageArrays
 from lit_basics.data.download import download, file_lock
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, first_line
 from lit_basics.files import replace_file
 
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -167,7 +167,7 @@ def read_archive(path: Path) -> ImageArrays:
             train = (len(FILES) - 1) * RECORDS
             return _checked(images[:train], labels[:train], images[train:], labels[train:])
         except Exception as error:  # gzip, tarfile and zlib raise a dozen kinds, plain OSError among them
-            raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+            raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _records(tar: tarfile.TarFile, member: tarfile.TarInfo) -> np.ndarray:
@@ -194,7 +194,7 @@ def read_cache(path: Path) -> ImageArrays:
             with np.load(file, allow_pickle=False) as arrays:
                 return _checked(*(arrays[name] for name in ImageArrays._fields))
         except Exception as error:  # zipfile, zlib, struct and numpy raise a dozen kinds
-            raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+            raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _checked(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> ImageArrays:
@@ -209,7 +209,3 @@ def _checked(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_tes
         if y.min() < 0 or y.max() >= CLASSES:
             raise ValueError(f"labels from {y.min()} to {y.max()}; there are {CLASSES} classes")
     return ImageArrays(*(torch.from_numpy(array) for array in (x_train, y_train, x_test, y_test)))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,6 +1,5 @@
 """Downloads: mirrors in turn, a broken transfer resumed, no file under its name before it is checked."""
 
-import hashlib
 import http.client
 import os
 import re
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_basics.errors import UserError
+from lit_basics.files import file_sha256
 
 CHUNK = 1 << 16
 MIN_RATE = 1024
@@ -85,12 +85,6 @@ def file_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _MirrorError(Exception):

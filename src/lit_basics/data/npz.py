@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_basics.data.arrays import ArrayDataModule, ImageArrays
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, first_line
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -51,7 +51,7 @@ class NpzDataModule(ArrayDataModule):
         except UserError:
             raise
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             if "pickle" in reason.lower():
                 reason = "it holds pickled objects, which are never loaded"
             raise UserError(f"{self.path} is damaged or not an .npz file: {reason}") from error

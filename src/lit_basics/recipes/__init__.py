@@ -12,6 +12,11 @@ def recipe_names(folder: str = "") -> list[str]:
     return sorted(path.stem for path in (_FOLDER / folder).glob("*.yaml"))
 
 
+def all_names() -> list[str]:
+    """Return the names of all recipes and overlays."""
+    return [*recipe_names(), *recipe_names("overlays")]
+
+
 def recipe_path(name: str) -> Path:
     """Return the file of a recipe or an overlay.
 
@@ -22,5 +27,4 @@ def recipe_path(name: str) -> Path:
         path = folder / f"{name}.yaml"
         if path.is_file():
             return path
-    names = [*recipe_names(), *recipe_names("overlays")]
-    raise UserError(f"there is no recipe {name!r}{nearest(name, names)} (lit_basics recipes lists them)")
+    raise UserError(f"there is no recipe {name!r}{nearest(name, all_names())} (lit_basics recipes lists them)")

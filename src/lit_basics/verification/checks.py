@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm import tqdm
 
 from lit_basics.data.arrays import ArrayDataModule
-from lit_basics.errors import UserError, nearest
+from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
 from lit_basics.verification.plain_loop import NotApplicable
@@ -327,7 +327,7 @@ class Verification:
                     raise
                 continue  # it cannot train in float64
             except (RuntimeError, TypeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise NotApplicable(f"the ranks' batches cannot be put together into one: {reason}") from error
             break
         first, second = (rank.epochs[0] for rank in ranks)
