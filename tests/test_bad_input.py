@@ -403,6 +403,15 @@ def test_modules_of_the_users_own_that_cannot_be_built(refused, mine, text, frag
     refused(["fit", *SMALL, "--model", f"{mine(text)}.Mine"], *fragments)
 
 
+def test_a_package_that_a_callback_lacks(refused, mine):
+    text = (
+        "import lightning.pytorch as pl\n\n\nclass Lacking(pl.Callback):\n    def setup(self, *args, **kwargs):\n"
+        "        raise ModuleNotFoundError('`psutil` is not installed. HINT: Try running `pip install psutil`')\n"
+    )
+    refused([*QUICK, *SMALL, f"--trainer.callbacks+={mine(text)}.Lacking"], "`pip install psutil`")
+    refused([*QUICK, *SMALL, "--trainer.callbacks+=LearningRateFinder"], "'lr', 'learning_rate'")
+
+
 def test_an_error_without_a_message_is_named_by_its_kind(refused, mine):
     name = mine("class Full:\n    def __call__(self, images):\n        raise MemoryError\n")
     transform = ["--data.transform", f"{name}.Full"]

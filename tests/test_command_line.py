@@ -196,6 +196,15 @@ def test_as_a_program(tmp_path):
     assert wrong.stderr == "lit_basics: there is no command 'fti'; did you mean 'fit'?\n"
 
 
+def test_what_lightning_was_asked_to_say_is_said(tmp_path):
+    words = ["--trainer.enable_model_summary", "true", "--trainer.profiler", "simple"]
+    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for said in ("Trainable params", "FIT Profiler Report"):
+        assert said in done.stderr
+    assert "stopped: `max_epochs=1` reached" not in done.stderr
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_goes_away_ends_no_run(tmp_path, unbuffered):
     """Without it the run ends in a BrokenPipeError, with nothing saved."""

@@ -10,9 +10,19 @@ import torch
 import yaml
 from helpers import Rows, fit, metrics
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from lit_basics import LitBlitzNet, LitClassifier, SyntheticCIFAR10, UserError
+from lit_basics import (
+    DurableCheckpointIO,
+    GradientMonitor,
+    LitBlitzNet,
+    LitClassifier,
+    NonFiniteGuard,
+    RandomState,
+    SyntheticCIFAR10,
+    UserError,
+)
 from lit_basics.cli import main
 
 SMALL = ("--config", "quickstart", "--data.train_images", "300", "--trainer.log_every_n_steps", "1")
@@ -163,6 +173,28 @@ def test_one_trainer_one_module_and_one_datamodule_serve_again():
         again.fit(LitClassifier(small_net()), images)
         orders.append(again.callback_metrics["train/loss"].item())
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("finder", ["lr_find", "scale_batch_size"])
+@pytest.mark.parametrize("mode", [{}, {"automatic_optimization": False}, {"steps_per_execution": 3}])
+def test_a_search_before_training_changes_nothing(mode, finder):
+    found = []
+    for searches in (True, False):
+        rows, module, images = Rows(), LitClassifier(small_net(), **mode), data(batch_size=5 if searches else 10)
+        callbacks = [NonFiniteGuard("rollback"), GradientMonitor(), RandomState()]
+        fitted = trainer(logger=rows, log_every_n_steps=1, callbacks=callbacks, plugins=[DurableCheckpointIO()])
+        if finder == "lr_find":
+            images.batch_size = 10
+        if searches and finder == "lr_find":
+            Tuner(fitted).lr_find(module, datamodule=images, num_training=5, update_attr=False)
+        elif searches:
+            assert Tuner(fitted).scale_batch_size(module, datamodule=images, init_val=5, max_val=10) == 10
+        fitted.fit(module, images)
+        found.append((rows.table(), module.net[1].weight, fitted.global_step))
+    (table, weight, steps), (expected, expected_weight, expected_steps) = found
+    assert steps == expected_steps == 8
+    assert torch.equal(weight, expected_weight)
+    assert table == expected
 
 
 def test_rows_stand_in_order_whoever_logs(tmp_path):

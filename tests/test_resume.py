@@ -346,6 +346,20 @@ def test_another_net_order_or_seed_is_refused(words, message, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_callback_that_gives_another_state_back_is_refused(tmp_path, capsys):
+    """Without the comparison of the steps Lightning begins at step 0, and the rows of the run are cut away."""
+    finder = (
+        "--trainer.callbacks+=BatchSizeFinder",
+        "--trainer.callbacks.init_val=50",
+        "--trainer.callbacks.max_val=50",
+    )
+    run = fit(*SMALL, *finder, "--trainer.max_epochs", "1")
+    contents = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 2
+    assert "would begin at 0: a callback has given back another state" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == contents
+
+
 def test_a_path_without_a_run_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for place in ("nowhere", "empty"):

@@ -70,11 +70,12 @@ class TrainingHooks(pl.Callback):
             put_between(self.module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
+        """Begin the rows, or restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
 
         Raises:
             UserError: If the module's own ``configure_optimizers`` made a scheduler for manual optimization.
         """
+        recorder_of(trainer).clear()
         if self._several:
             check_one_loader(self.module)
         if self._manual and self.module.own_optimizers and trainer.lr_scheduler_configs:

@@ -179,6 +179,10 @@ class StepRecorder:
         """Leave a step that is not made out of the epoch's means; its row stays."""
         self._left_out.add(step)
 
+    def clear(self) -> None:
+        """Forget all rows: those of steps before training starts, as a search for a learning rate makes."""
+        self._steps, self._filled, self._host = [], [], []
+
     def start_epoch(self) -> None:
         """Forget the sums of the last epoch."""
         self._sums = {}

@@ -139,12 +139,15 @@ class ResumedData(pl.Callback):
 
     def __init__(self, reset: bool) -> None:
         self.reset = reset
+        self._step: int | None = None
         self._state: dict[str, Any] = {}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what is known of the data; for a reset, take out all that belongs to a position in it."""
+        if self._step is None:
+            self._step = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]["state_dict"]
         self._state = {"world_size": len(checkpoint.get("random_state", [])) or trainer.world_size}
         for state in loop.get("combined_loader", []):
@@ -158,8 +161,13 @@ class ResumedData(pl.Callback):
         """Compare the data; for a reset, print what is different and end the checkpoint's epoch.
 
         Raises:
-            UserError: If it is other data, and no reset.
+            UserError: If it is other data, and no reset, or if another state was given back since.
         """
+        if trainer.global_step != self._step:  # its rows would be cut away, and its checkpoints replaced
+            raise UserError(
+                f"the run to resume stands at step {self._step}, but would begin at {trainer.global_step}: a callback "
+                "has given back another state, as BatchSizeFinder does; leave it out, by --trainer.callbacks null"
+            )
         loader: Any = trainer.train_dataloader
         now = {"world_size": trainer.world_size, **(loader.state_dict() if hasattr(loader, "state_dict") else {})}
         names = ("size", "batch_size", "world_size", "seed")

@@ -32,7 +32,7 @@ def run(command: str, args: list[str]) -> None:
                 evaluate(command, args)
     except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
         raise UserError(shortened(str(error))) from error
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, ValueError, ImportError, AttributeError) as error:
         if not _is_user_error(error):
             raise
         raise UserError(shortened(first_line(error))) from error
@@ -49,6 +49,8 @@ def _is_user_error(error: Exception) -> bool:
         r"parameters that were not used in producing the loss",
         r"Found more than one stateful callback",
         r"can.t allocate memory|not enough memory",
+        r"is not installed|pip install",
+        r"When using the learning rate finder",
     )
     return any(re.search(pattern, str(error)) for pattern in patterns)
 
@@ -57,6 +59,8 @@ def quiet() -> None:
     """Silence what the libraries say at every start, and nothing else."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("callbacks", "profilers", "tuner"):  # what they say was asked for: a summary, a profile, a rate found
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     for message in (
         r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own, on new torch
         r".*does not have many workers",  # the arrays are in memory

@@ -109,6 +109,11 @@ class NonFiniteGuard(pl.Callback):
         self._checked = 0
         self._snapshot: dict[str, Any] | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._infinite: set[str] | None = None  # what may be so; known once training starts
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew: a save before training starts, such as a search for a learning rate makes, is let pass."""
+        self._infinite = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose how to look, and take the first snapshot.
@@ -220,7 +225,7 @@ class NonFiniteGuard(pl.Callback):
         Raises:
             NonFiniteError: If something is not finite and the policy or the budget says so.
         """
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or self._infinite is None:
             return
         undo = self._undo
         if undo:  # the save comes before this callback's turn at the end of the batch
@@ -330,6 +335,7 @@ class NonFiniteGuard(pl.Callback):
 
     def _fault_of_state(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Fault | None:
         """Look at all weights, buffers and optimizer state."""
+        assert self._infinite is not None
         parameters = dict(pl_module.named_parameters())
         names = {id(p): name for name, p in parameters.items()}
         state: dict[str, Tensor] = {name: p for name, p in parameters.items() if name not in self._infinite}
@@ -346,6 +352,7 @@ class NonFiniteGuard(pl.Callback):
         return None if first is None else _Fault(math.inf, True, f"{first} is not finite {when}")
 
     def _live_buffers(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        assert self._infinite is not None
         return {name: buffer for name, buffer in pl_module.named_buffers() if name not in self._infinite}
 
     # acting

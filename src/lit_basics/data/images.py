@@ -27,7 +27,10 @@ class Normalize:
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
-                raise UserError(f"{name} has {len(values)} values, but the images have {channels} channels")
+                raise UserError(
+                    f"{name} has {len(values)} values, but the images have {channels} channels; --data.{name} null "
+                    "measures it"
+                )
         if min(std) <= 0:
             raise UserError(f"std is {list(std)}; it must be positive")
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
