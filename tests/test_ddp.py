@@ -68,6 +68,36 @@ def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
     assert metrics(tmp_path / "launcher") == metrics(tmp_path / "torchrun")
 
 
+SPAWN = """
+import sys, lightning.pytorch as pl, torch
+from lit_basics import BestLossCheckpoint, DurableCheckpointIO, GradientMonitor, LitLeNet5, NonFiniteGuard
+from lit_basics import RandomState, SyntheticCIFAR10
+
+if __name__ == "__main__":
+    strategy, weights = sys.argv[1:]
+    pl.seed_everything(0)
+    model, data = LitLeNet5(), SyntheticCIFAR10(train_images=60, test_images=10, batch_size=10)
+    callbacks = [GradientMonitor(), NonFiniteGuard(), BestLossCheckpoint(strategy), RandomState()]
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False,
+                         enable_progress_bar=False, callbacks=callbacks, plugins=[DurableCheckpointIO()])
+    trainer.fit(model, data)
+    if trainer.is_global_zero:
+        torch.save(model.state_dict(), weights)
+"""
+
+
+def test_spawned_processes_give_the_same_weights_as_the_launcher(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWN)
+    weights = {}
+    for strategy in ("ddp", "ddp_spawn"):  # spawned ones get the module, and give its weights back, by pickle
+        run([sys.executable, "script.py", strategy, f"{strategy}.pt"])
+        weights[strategy] = torch.load(f"{strategy}.pt", weights_only=True)
+        assert Path(strategy, "best.ckpt").is_file()
+    assert weights["ddp"].keys() == weights["ddp_spawn"].keys()
+    for name, value in weights["ddp"].items():
+        assert torch.equal(weights["ddp_spawn"][name], value), name
+
+
 VALIDATE = """
 import os, sys, json, torch, lightning.pytorch as pl
 from lit_basics import LitLeNet5, SyntheticCIFAR10

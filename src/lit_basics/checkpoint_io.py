@@ -70,7 +70,9 @@ class DurableCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("DurableCheckpointIO takes no storage_options")
-        target, state = Path(path), {**checkpoint, VERSION: installed("lit_basics")}
+        target, state = Path(path), dict(checkpoint)
+        if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
+            state[VERSION] = installed("lit_basics")
         if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
             self._held[target] = copied(state)
         else:
@@ -247,7 +249,7 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
     if broken is not None:
         raise ValueError(f"the checksum of {broken} is wrong")
     checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not ("state_dict" in checkpoint or digests):
         raise ValueError("it has no state_dict")
     return checkpoint
 

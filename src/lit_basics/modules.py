@@ -29,6 +29,18 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 _PRIMITIVES = (bool, int, float, str, type(None))
 
 
+def _name_default_optimizer(kind: "type[LitSupervised]") -> None:
+    """Let pickle find the lambda that is the default of ``optimizer``: ``ddp_spawn`` sends the module to its processes.
+
+    A lambda it must be, or the command line could not show its arguments and change one of them.
+    """
+    parameter = inspect.signature(kind.__init__).parameters.get("optimizer")
+    default: Any = parameter and parameter.default
+    if getattr(default, "__qualname__", "").endswith("<lambda>"):
+        default.__qualname__ = f"{kind.__qualname__}._default_optimizer"
+        kind._default_optimizer = staticmethod(default)  # type: ignore[attr-defined]
+
+
 class LitSupervised(pl.LightningModule):
     """Trains ``net`` on (inputs, targets) batches with ``criterion``.
 
@@ -213,6 +225,10 @@ class LitSupervised(pl.LightningModule):
         else:
             super().__setattr__(name, value)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _name_default_optimizer(cls)
+
     # evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -242,6 +258,7 @@ class LitSupervised(pl.LightningModule):
         return [TrainingHooks(self)]
 
 
+_name_default_optimizer(LitSupervised)
 # Lightning asks for it at every batch, and would have it made anew
 LitSupervised.training_step.__signature__ = inspect.signature(LitSupervised.training_step)  # type: ignore[attr-defined]
 
