@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10
-from lit_basics.callbacks.last import at_step_boundary
+from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
 from lit_basics.errors import UserError
@@ -132,6 +132,44 @@ def test_by_command_the_run_goes_on_in_its_directory(tmp_path, capsys):
     assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
     assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     assert_equal(torch.load(run / "best.pth", weights_only=True), torch.load(whole / "best.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("mode", [[], ["--model.steps_per_execution", "3"]])
+@pytest.mark.parametrize(
+    ("end", "no_end"),
+    [
+        (["--trainer.max_steps", "11"], ["--trainer.max_steps", "-1"]),
+        (  # as max_time does
+            ["--trainer.callbacks+=lit_basics.verification.runs.StopAfter", "--trainer.callbacks.steps=11"],
+            ["--trainer.callbacks", "null"],
+        ),
+    ],
+)
+def test_a_run_that_ends_within_an_epoch_goes_on_there(end, no_end, mode, tmp_path):
+    """Without the save within the epoch Lightning takes it for done, and the run lacks the rest of its steps."""
+    whole = fit(*SMALL, *mode, "--trainer.max_epochs", "3", run_dir="whole")
+    run = fit(*SMALL, *mode, *end, "--trainer.max_epochs", "3")
+    ended = newest(run)["global_step"]
+    assert ended == 11 if "max_steps" in end[0] else 11 <= ended < 14
+    assert main(["fit", "--resume", str(run), *no_end]) == 0
+    assert newest(run)["global_step"] == newest(whole)["global_step"] == 24
+    assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
+    rows, expected = metrics(run), metrics(whole)
+    assert list(rows) == list(expected)
+    for step in rows:
+        if step != ended:  # this row keeps the mean, and the validation, of the epoch that was cut short
+            assert rows[step]["train/loss"] == expected[step]["train/loss"]
+
+
+def test_a_stop_that_must_wait_is_no_end(tmp_path, monkeypatch):
+    """Without the look at ``min_epochs`` each batch after the request would be saved."""
+    saved = []
+    save = LastCheckpoint.save
+    monkeypatch.setattr(LastCheckpoint, "save", lambda self, trainer: [saved.append(1), save(self, trainer)])
+    stop = ["--trainer.callbacks+=lit_basics.verification.runs.StopAfter", "--trainer.callbacks.steps=3"]
+    run = fit(*SMALL, *stop, "--trainer.min_epochs", "2", "--trainer.max_epochs", "3")
+    assert newest(run)["global_step"] == 16
+    assert len(saved) <= 2
 
 
 def test_rows_after_the_checkpoint_are_cut_and_made_again(tmp_path):

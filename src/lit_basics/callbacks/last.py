@@ -20,8 +20,10 @@ class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt``, the whole newest state; no metric decides.
 
     It is written at the end of an epoch (at most every 10 seconds), every 5 minutes within an epoch, and at
-    the end of training. (``ModelCheckpoint(save_last=True)`` with a monitor writes only when the monitored
-    metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest record.
+    the end of training; where ``max_steps`` or ``max_time`` ends it within an epoch, so that a resumed run goes on
+    there, and does not leave out the rest of the epoch. (``ModelCheckpoint(save_last=True)`` with a monitor writes
+    only when the monitored metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest
+    record.
 
     Args:
         dirpath: Folder of ``last.ckpt``.
@@ -31,6 +33,7 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / "last.ckpt"
         self._saved_at = 0.0
         self._saved_step = -1
+        self._ended_step = -1  # that of a save within the epoch, at the end of training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -39,7 +42,11 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if the last save is five minutes old."""
+        """Save if the last save is five minutes old, or if training ends within the epoch."""
+        if ends_after_batch(trainer) and at_step_boundary(trainer):
+            self.save(trainer)  # Lightning is about to count the epoch as done
+            self._ended_step = trainer.global_step
+            return
         # ranks must agree, which costs a message: they ask every 50 batches
         asked = batch_idx % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
         if asked and at_step_boundary(trainer):
@@ -48,7 +55,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the last save is less than ten seconds old."""
         compute_logged(trainer)
-        self._save_if_older(trainer, MIN_SECONDS)
+        if self._ended_step != trainer.global_step:
+            self._save_if_older(trainer, MIN_SECONDS)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state."""
@@ -85,6 +93,13 @@ def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:
         return False
     loop = trainer.fit_loop
     return not trainer.is_last_batch and not validates_after(trainer, loop.batch_idx + 1, loop.total_batch_idx + 1)
+
+
+def ends_after_batch(trainer: pl.Trainer) -> bool:
+    """Return whether training ends with this batch, by ``max_steps`` or because it was asked to stop."""
+    step = trainer.global_step
+    may_stop = trainer.current_epoch >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
+    return 0 <= trainer.max_steps <= step or (trainer.should_stop and may_stop)
 
 
 def validates_after(trainer: pl.Trainer, number: int, total: int) -> bool:
