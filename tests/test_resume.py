@@ -54,7 +54,7 @@ class SaveEverywhere(Checkpoint):
         trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt")
 
 
-def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3):
+def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3, callbacks=()):
     torch.manual_seed(0 if checkpoint is None else 99)
     random.seed(1)
     np.random.seed(2)
@@ -71,7 +71,7 @@ def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3):
     best = BestLossCheckpoint(f"best{checkpoint.stem if checkpoint else ''}")
     trainer = pl.Trainer(
         accelerator="cpu",
-        callbacks=[RandomState(), best, *([SaveEverywhere(save_to)] if save_to else [])],
+        callbacks=[RandomState(), best, *([SaveEverywhere(save_to)] if save_to else []), *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -159,6 +159,29 @@ def test_a_run_that_ends_within_an_epoch_goes_on_there(end, no_end, mode, tmp_pa
     for step in rows:
         if step != ended:  # this row keeps the mean, and the validation, of the epoch that was cut short
             assert rows[step]["train/loss"] == expected[step]["train/loss"]
+
+
+class StopAt(pl.Callback):
+    """Ends a run after a batch, as max_time does."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 == self.batch
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("mode", ["automatic", "manual"])
+@pytest.mark.parametrize("batch", [9, 10, 11])
+def test_a_run_that_ends_within_a_step_goes_on_there(batch, mode, tmp_path):
+    settings = {"accumulate_grad_batches": 3}
+    whole = train(settings, MODES[mode], "epoch")
+    train(settings, MODES[mode], "epoch", callbacks=[StopAt(batch), LastCheckpoint(str(tmp_path))])
+    resumed = train(settings, MODES[mode], "epoch", checkpoint=tmp_path / "last.ckpt")
+    for part in ("weights", "momentum", "random"):
+        assert_equal(resumed[part], whole[part])
+    assert resumed["rest"] == whole["rest"]
 
 
 def test_a_stop_that_must_wait_is_no_end(tmp_path, monkeypatch):

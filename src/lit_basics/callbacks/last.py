@@ -43,7 +43,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if the last save is five minutes old, or if training ends within the epoch."""
-        if ends_after_batch(trainer) and at_step_boundary(trainer):
+        # halfway: of other modules than a LitSupervised some gradients are lost, but not the rest of the epoch
+        if ends_after_batch(trainer) and at_step_boundary(trainer, halfway=True):
             self.save(trainer)  # Lightning is about to count the epoch as done
             self._ended_step = trainer.global_step
             return
