@@ -125,6 +125,17 @@ def test_a_transform_is_named_in_a_config(tmp_path):
         assert main(["test", "--run_dir", str(tmp_path / "run")]) == 0
 
 
+def test_a_default_that_yaml_does_not_have_is_left_out(tmp_path):
+    """``StochasticWeightAveraging`` has a ``torch.device``, of which jsonargparse makes a text that is none."""
+    averaging = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.01"]
+    run = fit(*SMALL, *averaging, "--trainer.max_epochs", "2")
+    (saved,) = (c for c in yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"] if "Sto" in str(c))
+    assert saved["init_args"]["swa_lrs"] == 0.01
+    assert "device" not in saved["init_args"]
+    assert main(["test", "--run_dir", str(run)]) == 0
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "3"]) == 0
+
+
 def test_no_recipe_is_needed_where_model_and_data_are_named(tmp_path):
     words = ["--model", "LitBlitzNet", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
     assert main(["fit", *words, "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]) == 0

@@ -11,6 +11,7 @@ import netrc
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
 MANY_VALUES = 10_000
 MAX_DEPTH = 50
 """How large a config may be, its aliases written out."""
+UNSERIALIZABLE = "Unable to serialize instance"
+"""How jsonargparse dumps a default that it cannot."""
 
 
 class Config(LightningCLI):
@@ -168,12 +171,27 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
-        with import_policy(self._allowed):
-            return str(self.parser.dump(config))
+        with import_policy(self._allowed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", rf"\s*{UNSERIALIZABLE}")
+            text = str(self.parser.dump(config))
+        if UNSERIALIZABLE in text:
+            text = yaml.safe_dump(_serialized(yaml.safe_load(text)), sort_keys=False)
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved configuration as plain values."""
         return dict(yaml.safe_load(self.to_yaml()))
+
+
+def _serialized(content: Any) -> Any:
+    """Return a dumped config without the defaults that YAML does not have, such as a ``torch.device``."""
+    if isinstance(content, dict):
+        return {name: _serialized(value) for name, value in content.items() if not _is_unserializable(value)}
+    return [_serialized(value) for value in content] if isinstance(content, list) else content
+
+
+def _is_unserializable(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(UNSERIALIZABLE)
 
 
 def written_keys(args: list[str]) -> set[str]:
