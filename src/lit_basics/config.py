@@ -43,7 +43,7 @@ MANY_VALUES = 10_000
 MAX_DEPTH = 50
 """How large a config may be, its aliases written out."""
 UNSERIALIZABLE = "Unable to serialize instance"
-"""How jsonargparse dumps a default that it cannot."""
+"""How jsonargparse dumps what it cannot, such as a ``torch.device``."""
 
 
 class Config(LightningCLI):
@@ -171,11 +171,12 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
+        _unwrap_strings(config)
         with import_policy(self._allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", rf"\s*{UNSERIALIZABLE}")
             text = str(self.parser.dump(config))
         if UNSERIALIZABLE in text:
-            text = yaml.safe_dump(_serialized(yaml.safe_load(text)), sort_keys=False)
+            text = yaml.safe_dump(_serialized(yaml.safe_load(text), config), sort_keys=False)
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,15 +184,34 @@ class Config(LightningCLI):
         return dict(yaml.safe_load(self.to_yaml()))
 
 
-def _serialized(content: Any) -> Any:
-    """Return a dumped config without the defaults that YAML does not have, such as a ``torch.device``."""
-    if isinstance(content, dict):
-        return {name: _serialized(value) for name, value in content.items() if not _is_unserializable(value)}
-    return [_serialized(value) for value in content] if isinstance(content, list) else content
+def _unwrap_strings(values: Any) -> None:
+    """Put plain strings in the place of those that are members of an enumeration too, which YAML does not have."""
+    if isinstance(values, (dict, jsonargparse.Namespace, list)):
+        for name, value in list(enumerate(values) if isinstance(values, list) else values.items()):
+            if isinstance(value, str) and type(value) is not str:
+                values[name] = str.__str__(value)
+            _unwrap_strings(value)
 
 
-def _is_unserializable(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(UNSERIALIZABLE)
+def _serialized(content: Any, values: Any) -> Any:
+    """Return a dumped config with the strings that jsonargparse did not dump, and without other such defaults.
+
+    Args:
+        content: The dumped config, or a part of it.
+        values: What it was dumped from.
+    """
+    if isinstance(content, list):
+        return [_serialized(part, value) for part, value in zip(content, values, strict=True)]
+    if not isinstance(content, dict):
+        return content
+    kept = {}
+    for name, part in content.items():
+        value = values.get(name)
+        if not (isinstance(part, str) and part.startswith(UNSERIALIZABLE)):
+            kept[name] = _serialized(part, value)
+        elif isinstance(value, str):  # where a function would do too
+            kept[name] = value
+    return kept
 
 
 def written_keys(args: list[str]) -> set[str]:
