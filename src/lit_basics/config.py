@@ -200,9 +200,9 @@ def _serialized(content: Any, values: Any) -> Any:
         content: The dumped config, or a part of it.
         values: What it was dumped from.
     """
-    if isinstance(content, list):
+    if isinstance(content, list) and isinstance(values, (list, tuple)):
         return [_serialized(part, value) for part, value in zip(content, values, strict=True)]
-    if not isinstance(content, dict):
+    if not (isinstance(content, dict) and isinstance(values, (dict, jsonargparse.Namespace))):
         return content
     kept = {}
     for name, part in content.items():
