@@ -134,26 +134,41 @@ def test_by_command_the_run_goes_on_in_its_directory(tmp_path, capsys):
     assert_equal(torch.load(run / "best.pth", weights_only=True), torch.load(whole / "best.pth", weights_only=True))
 
 
+def record(run):
+    """Return the state of the run's BestLossCheckpoint."""
+    return next(state for key, state in newest(run)["callbacks"].items() if key.startswith("BestLossCheckpoint"))
+
+
+STOP = ("--trainer.callbacks+=lit_basics.verification.runs.StopAfter", "--trainer.callbacks.steps=10")
+EARLY = ("monitor=val/loss", "min_delta=1000", "patience=3")
+ENDS = {
+    "max_steps before the first validation": (2, ["--trainer.max_steps=2"]),  # the best is then by train/loss
+    "max_steps": (10, ["--trainer.max_steps=10"]),
+    "max_steps with a validation": (11, ["--trainer.max_steps=11"]),
+    "max_steps after the last validation": (15, ["--trainer.max_steps=15"]),
+    "a request, as max_time's": (10, STOP),
+    "EarlyStopping": (14, ["--trainer.callbacks+=EarlyStopping", *(f"--trainer.callbacks.{word}" for word in EARLY)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 @pytest.mark.parametrize("mode", [[], ["--model.steps_per_execution", "3"]])
-@pytest.mark.parametrize(
-    ("end", "no_end"),
-    [
-        (["--trainer.max_steps", "11"], ["--trainer.max_steps", "-1"]),
-        (  # as max_time does
-            ["--trainer.callbacks+=lit_basics.verification.runs.StopAfter", "--trainer.callbacks.steps=11"],
-            ["--trainer.callbacks", "null"],
-        ),
-    ],
-)
-def test_a_run_that_ends_within_an_epoch_goes_on_there(end, no_end, mode, tmp_path):
+@pytest.mark.parametrize("end", ENDS)
+def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, tmp_path):
     """Without the save within the epoch Lightning takes it for done, and the run lacks the rest of its steps."""
-    whole = fit(*SMALL, *mode, "--trainer.max_epochs", "3", run_dir="whole")
-    run = fit(*SMALL, *mode, *end, "--trainer.max_epochs", "3")
+    every, (step, words) = ["--trainer.val_check_interval", "3", "--trainer.max_epochs", "3"], ENDS[end]
+    whole = fit(*SMALL, *mode, *every, run_dir="whole")
+    run = fit(*SMALL, *mode, *every, *words)
     ended = newest(run)["global_step"]
-    assert ended == 11 if "max_steps" in end[0] else 11 <= ended < 14
-    assert main(["fit", "--resume", str(run), *no_end]) == 0
+    assert step <= ended < step + (3 if words is STOP and mode else 1)
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps", "-1", "--trainer.callbacks", "null"]) == 0
     assert newest(run)["global_step"] == newest(whole)["global_step"] == 24
     assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
+    if ended == 15:  # the others had a validation at the end that the whole run has not
+        assert_equal(*(torch.load(folder / "best.pth", weights_only=True) for folder in (run, whole)))
+    records = [record(folder) for folder in (run, whole)]
+    assert records[0]["monitor"] == records[1]["monitor"] == "val/loss"
+    assert records[0]["best_model_score"] == records[1]["best_model_score"]
     rows, expected = metrics(run), metrics(whole)
     assert list(rows) == list(expected)
     for step in rows:

@@ -154,6 +154,23 @@ def test_the_record_goes_on_in_another_directory(tmp_path):
     assert second.best_model_score <= first.best_model_score
 
 
+def test_a_training_loss_is_no_record_for_validation_losses(tmp_path):
+    """Without the reset a run that is resumed with validation is held against the training loss of before."""
+    best = BestLossCheckpoint(str(tmp_path))
+    path, score = str(tmp_path / "best.ckpt"), torch.tensor(0.0)
+    record = {
+        "best_model_score": score,
+        "kth_value": score,
+        "best_k_models": {path: score},
+        "kth_best_model_path": path,
+    }
+    best.load_state_dict({**best.state_dict(), **record, "monitor": "train/loss"})
+    fitted = trainer(best, max_epochs=1)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
+    assert best.best_model_score == fitted.callback_metrics["val/loss"]
+    assert (tmp_path / "best.pth").is_file()
+
+
 def test_checkpoints_load_safely_and_name_no_class(tmp_path):
     best = BestLossCheckpoint(str(tmp_path))
     model = LitBlitzNet(num_classes=10, optimizer=lambda p: torch.optim.Adam(p), lr_interval="step")

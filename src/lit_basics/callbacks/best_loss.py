@@ -48,6 +48,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._held: dict[str, Tensor] | None = None
         self._written_at = float("-inf")
         self._saving = False
+        self._record_of: str | None = None  # which monitor the best score is of
         self._missed = False  # a validation came without val/loss
         self._off = False
 
@@ -79,6 +80,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         if self._off or (self._chosen_monitor is None and self.monitor not in trainer.callback_metrics):
             self._missed = not trainer.sanity_checking  # the epoch's mean of train/loss may still come
             return
+        if self._record_of not in (None, self.monitor):  # of train/loss, before the first validation
+            self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
         before, self._saving = self.best_model_score, True
         super().on_validation_end(trainer, pl_module)
         self._saving = False
@@ -86,7 +89,9 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
-        if self._chosen_monitor is None and self.monitor not in trainer.callback_metrics and not self._off:
+        absent = self._chosen_monitor is None and self.monitor not in trainer.callback_metrics
+        # a run resumed within an epoch may have had its last validation before
+        if absent and self._record_of != self.monitor and not self._off:
             every = trainer.check_val_every_n_epoch
             if self._missed or (every and (trainer.current_epoch + 1) % every == 0):  # not merely later
                 self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
@@ -124,7 +129,10 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._write_weights()
 
     def _keep_weights(self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.best_model_score is before or not trainer.is_global_zero:
+        if self.best_model_score is before:
+            return
+        self._record_of = self.monitor
+        if not trainer.is_global_zero:
             return
         net = getattr(pl_module, "net", None)
         state = (net if isinstance(net, nn.Module) else pl_module).state_dict()
@@ -142,3 +150,4 @@ class BestLossCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record; Lightning forgets it when the directory changes."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+        self._record_of = state_dict["monitor"] if self.best_model_score is not None else None

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_basics.recording import compute_logged
 
@@ -20,8 +21,8 @@ class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt``, the whole newest state; no metric decides.
 
     It is written at the end of an epoch (at most every 10 seconds), every 5 minutes within an epoch, and at
-    the end of training; where ``max_steps`` or ``max_time`` ends it within an epoch, so that a resumed run goes on
-    there, and does not leave out the rest of the epoch. (``ModelCheckpoint(save_last=True)`` with a monitor writes
+    the end of training; within the epoch if ``max_steps``, ``max_time`` or ``EarlyStopping`` ends it there, so that a
+    resumed run does not leave out the rest. (``ModelCheckpoint(save_last=True)`` with a monitor writes
     only when the monitored metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest
     record.
 
@@ -45,13 +46,18 @@ class LastCheckpoint(Checkpoint):
         """Save if the last save is five minutes old, or if training ends within the epoch."""
         # halfway: of other modules than a LitSupervised some gradients are lost, but not the rest of the epoch
         if ends_after_batch(trainer) and at_step_boundary(trainer, halfway=True):
-            self.save(trainer)  # Lightning is about to count the epoch as done
-            self._ended_step = trainer.global_step
+            self._save_end(trainer)
             return
         # ranks must agree, which costs a message: they ask every 50 batches
         asked = batch_idx % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
         if asked and at_step_boundary(trainer):
             self._save_if_older(trainer, MAX_SECONDS)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if training ends with a validation within the epoch."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and ends_after_batch(trainer) and not trainer.is_last_batch:
+            self._save_end(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the last save is less than ten seconds old."""
@@ -63,6 +69,12 @@ class LastCheckpoint(Checkpoint):
         """Save the final state."""
         if self._saved_step != trainer.global_step:
             self.save(trainer)
+
+    def _save_end(self, trainer: pl.Trainer) -> None:
+        """Save within the epoch, which Lightning is about to count as done."""
+        if self._ended_step != trainer.global_step:
+            self.save(trainer)
+            self._ended_step = trainer.global_step
 
     def _save_if_older(self, trainer: pl.Trainer, seconds: float) -> None:
         due = self._is_older(seconds)
