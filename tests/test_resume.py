@@ -10,6 +10,7 @@ import torch
 from helpers import assert_equal, fit, metrics
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
@@ -30,6 +31,8 @@ CASES = {
     "steps": {"max_epochs": 5, "max_steps": 18},
     # Lightning alone would round the weights to float32
     "float64": {"precision": "64-true"},
+    # Lightning alone would leave out its steps at the end of an epoch that was saved, or resumed
+    "plateau": {"lr_scheduler": lambda o: ReduceLROnPlateau(o, factor=0.5, patience=0, threshold=10)},
 }
 
 MODES = {
@@ -55,6 +58,8 @@ class SaveEverywhere(Checkpoint):
 
 
 def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3, callbacks=()):
+    settings = dict(settings)
+    lr_scheduler = settings.pop("lr_scheduler", lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9))
     torch.manual_seed(0 if checkpoint is None else 99)
     random.seed(1)
     np.random.seed(2)
@@ -64,7 +69,7 @@ def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3, cal
     model = LitClassifier(
         net,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-        lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9),
+        lr_scheduler=lr_scheduler,
         lr_interval=interval,
         **mode,
     )
@@ -174,6 +179,20 @@ def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, tmp_path):
     for step in rows:
         if step != ended:  # this row keeps the mean, and the validation, of the epoch that was cut short
             assert rows[step]["train/loss"] == expected[step]["train/loss"]
+
+
+@pytest.mark.parametrize("mode", ["automatic", "manual"])
+def test_metrics_of_a_validation_within_the_epoch_are_kept(mode, tmp_path):
+    """Without them a ReduceLROnPlateau finds none at the epoch's end, and the run cannot be resumed at all."""
+    words = ["--trainer.val_check_interval", "3", "--trainer.max_epochs", "3", "--model.lr_monitor", "val/loss"]
+    words += ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.lr_scheduler.patience=0"]
+    words += ["--model.lr_scheduler.threshold=10", "--model.automatic_optimization", str(mode == "automatic")]
+    whole = fit(*SMALL, *words, run_dir="whole")
+    run = fit(*SMALL, *words, "--trainer.max_steps", "15")  # two steps after the epoch's last validation
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps", "-1"]) == 0
+    assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
+    rates = [newest(folder)["optimizer_states"][0]["param_groups"][0]["lr"] for folder in (run, whole)]
+    assert rates[0] == rates[1] < 0.01
 
 
 class StopAt(pl.Callback):
@@ -289,6 +308,7 @@ def test_what_is_null_now_is_a_change():
 
 LATE = """
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lit_basics import LitClassifier
 
 class Late(LitClassifier):

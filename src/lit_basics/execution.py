@@ -191,7 +191,7 @@ class Step:
         if stepped:
             optimizer.step(closure)  # type: ignore[arg-type]  # the stub's float is a tensor in torch's own examples
             self.counters.count_step()
-            step_schedulers(module, "step", plateau=False)
+            step_schedulers(module, "step")
         else:
             closure()
         return kept[0]
@@ -367,23 +367,16 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
     ]
 
 
-def step_schedulers(module: LitSupervised, interval: str, *, plateau: bool) -> None:
+def step_schedulers(module: LitSupervised, interval: str) -> None:
     """In manual optimization, step the schedulers as Lightning does in automatic, at the same moments.
 
-    Raises:
-        UserError: If a ``ReduceLROnPlateau`` watches what was not logged.
+    But those of a ``ReduceLROnPlateau``, which are stepped after metrics are logged, by
+    :class:`~lit_basics.hooks.TrainingHooks`.
     """
-    if module.automatic_optimization or interval != module.lr_interval:
+    if interval != module.lr_interval:
         return
-    trainer, monitor = module.trainer, module.lr_monitor
+    trainer = module.trainer
     for config in trainer.lr_scheduler_configs:
         counter = 1 + (trainer.fit_loop.batch_idx if interval == "step" else trainer.current_epoch)
-        if isinstance(config.scheduler, ReduceLROnPlateau) != plateau or counter % config.frequency:
-            continue
-        value = trainer.callback_metrics.get(monitor) if plateau else None
-        if plateau and value is None:
-            raise UserError(
-                f"ReduceLROnPlateau monitors {monitor!r} (lr_monitor), which is not there; "
-                f"there is {', '.join(trainer.callback_metrics) or 'nothing yet'}"
-            )
-        module.lr_scheduler_step(config.scheduler, value)
+        if not isinstance(config.scheduler, ReduceLROnPlateau) and counter % config.frequency == 0:
+            module.lr_scheduler_step(config.scheduler, None)

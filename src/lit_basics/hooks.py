@@ -16,10 +16,11 @@ from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lit_basics.errors import UserError
-from lit_basics.execution import carry_steps, check_one_loader, leave_alone, put_between, step_schedulers
+from lit_basics.execution import carry_steps, check_one_loader, leave_alone, put_between
 from lit_basics.recording import recorder_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class TrainingHooks(pl.Callback):
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
         self._means_logged = False
         self._resumed: dict[str, Any] | None = None
+        self._plateaus: list[tuple[Any, int]] = []  # configurations of schedulers, with their frequencies
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the settings back: the check is over.
@@ -83,6 +85,13 @@ class TrainingHooks(pl.Callback):
                 f"{type(pl_module).__name__}.configure_optimizers returns a scheduler, whose interval Lightning drops "
                 "in manual optimization: give it as lr_scheduler= and lr_interval= instead"
             )
+        self._plateaus = [
+            (config, config.frequency)
+            for config in trainer.lr_scheduler_configs
+            if isinstance(config.scheduler, ReduceLROnPlateau)
+        ]
+        for config, _ in self._plateaus:
+            config.frequency = NEVER
         if self._resumed is None:
             return
         state, self._resumed = self._resumed, None
@@ -91,6 +100,7 @@ class TrainingHooks(pl.Callback):
         for name, gradient in state["gradients"].items():
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
+        trainer.callback_metrics.update(state.get("metrics", {}))  # of a validation earlier in the epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin new epoch means."""
@@ -128,13 +138,40 @@ class TrainingHooks(pl.Callback):
             self._log_epoch_means(trainer)
         else:
             recorder.flush_if_due()
-        step_schedulers(self.module, "step", plateau=True)
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._step_plateaus(trainer, "step", 1 + batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch's means if ``max_steps`` cut the epoch short, and step a plateau scheduler."""
         if not self._means_logged:
             self._log_epoch_means(trainer)
-        step_schedulers(self.module, "epoch", plateau=True)
+        if trainer.is_last_batch:
+            self._step_plateaus(trainer, "epoch", 1 + trainer.current_epoch)
+
+    def _step_plateaus(self, trainer: pl.Trainer, interval: str, counter: int) -> None:
+        """Step each ``ReduceLROnPlateau`` of an interval, before checkpoints are saved.
+
+        Lightning does so after them, and not at all in an epoch that is resumed.
+
+        Raises:
+            UserError: In manual optimization, if one watches what was not logged.
+        """
+        for config, frequency in list(self._plateaus):
+            settings = (config.interval, config.monitor)
+            its_interval, monitor = (self.module.lr_interval, self.module.lr_monitor) if self._manual else settings
+            if its_interval != interval or counter % frequency:
+                continue
+            value = trainer.callback_metrics.get(monitor)
+            if value is not None:
+                self.module.lr_scheduler_step(config.scheduler, value)
+            elif self._manual:
+                raise UserError(
+                    f"ReduceLROnPlateau monitors {monitor!r} (lr_monitor), which is not there; "
+                    f"there is {', '.join(trainer.callback_metrics) or 'nothing yet'}"
+                )
+            else:  # the module's own on_train_epoch_end may log it: then it is Lightning's turn
+                config.frequency = frequency
+                self._plateaus.remove((config, frequency))
 
     def _log_epoch_means(self, trainer: pl.Trainer) -> None:
         self._means_logged = True
@@ -173,7 +210,7 @@ class TrainingHooks(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the epoch's means so far, and the gradients of a step that is being accumulated."""
+        """Add the epoch's means and metrics so far, and the gradients of a step that is being accumulated."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         gradients = {}
@@ -184,7 +221,11 @@ class TrainingHooks(pl.Callback):
                 for name, parameter in pl_module.named_parameters()
                 if parameter.grad is not None
             }
-        checkpoint["lit_basics"] = {"recorder": recorder_of(trainer).state_dict(), "gradients": gradients}
+        checkpoint["lit_basics"] = {
+            "recorder": recorder_of(trainer).state_dict(),
+            "gradients": gradients,
+            "metrics": dict(trainer.callback_metrics),
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -196,11 +237,16 @@ class TrainingHooks(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""
         leave_alone(trainer)
+        for config, frequency in self._plateaus:
+            config.frequency = frequency
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was."""
-        leave_alone(trainer)
+        self.teardown(trainer, pl_module, "")
 
+
+NEVER = 2**62
+"""The frequency of a scheduler that Lightning is not to step."""
 
 BATCH_HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),

@@ -213,9 +213,9 @@ class LitSupervised(pl.LightningModule):
                     closure()
                 return losses[0].detach()
             optimizer.step(closure)
-        step_schedulers(self, "step", plateau=False)
+        step_schedulers(self, "step")
         if self.trainer.is_last_batch:
-            step_schedulers(self, "epoch", plateau=False)
+            step_schedulers(self, "epoch")
         return losses[0].detach()
 
     def __setattr__(self, name: str, value: Any) -> None:
