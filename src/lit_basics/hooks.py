@@ -100,7 +100,8 @@ class TrainingHooks(pl.Callback):
         for name, gradient in state["gradients"].items():
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        trainer.callback_metrics.update(state.get("metrics", {}))  # of a validation earlier in the epoch
+        metrics = state.get("metrics", {})  # of a validation earlier in the epoch; not in files of earlier versions
+        trainer.callback_metrics.update({n: torch.tensor(value, dtype=torch.float64) for n, value in metrics.items()})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin new epoch means."""
@@ -224,7 +225,7 @@ class TrainingHooks(pl.Callback):
         checkpoint["lit_basics"] = {
             "recorder": recorder_of(trainer).state_dict(),
             "gradients": gradients,
-            "metrics": dict(trainer.callback_metrics),
+            "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
         }
 
     def on_load_checkpoint(
