@@ -127,11 +127,10 @@ class TrainingHooks(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Flush the recorder when it is due, and the epoch's means after its last batch."""
-        recorder = recorder_of(trainer)
+        recorder, accumulate = recorder_of(trainer), trainer.accumulate_grad_batches
+        stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.module.own_training_step and isinstance(loss, torch.Tensor):
-            accumulate = trainer.accumulate_grad_batches
-            stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
             step = trainer.global_step + (0 if stepped else 1)
             # Lightning has divided the loss by the number of accumulated batches
             recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=self.module.log_every_n_steps)
@@ -139,7 +138,7 @@ class TrainingHooks(pl.Callback):
             self._log_epoch_means(trainer)
         else:
             recorder.flush_if_due()
-        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if stepped and self._plateaus:
             self._step_plateaus(trainer, "step", 1 + batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

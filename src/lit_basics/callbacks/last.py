@@ -110,9 +110,10 @@ def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:
 
 def ends_after_batch(trainer: pl.Trainer) -> bool:
     """Return whether training ends with this batch, by ``max_steps`` or because it was asked to stop."""
-    step = trainer.global_step
-    may_stop = trainer.current_epoch >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
-    return 0 <= trainer.max_steps <= step or (trainer.should_stop and may_stop)
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    lasted = trainer.should_stop and trainer.current_epoch >= (trainer.min_epochs or 0)
+    return lasted and trainer.global_step >= (trainer.min_steps or 0)
 
 
 def validates_after(trainer: pl.Trainer, number: int, total: int) -> bool:
