@@ -180,15 +180,14 @@ def test_one_trainer_one_module_and_one_datamodule_serve_again():
 def test_a_search_before_training_changes_nothing(mode, finder):
     found = []
     for searches in (True, False):
-        rows, module, images = Rows(), LitClassifier(small_net(), **mode), data(batch_size=5 if searches else 10)
+        finds_size = searches and finder == "scale_batch_size"
+        rows, module, images = Rows(), LitClassifier(small_net(), **mode), data(batch_size=5 if finds_size else 10)
         callbacks = [NonFiniteGuard("rollback"), GradientMonitor(), RandomState()]
         fitted = trainer(logger=rows, log_every_n_steps=1, callbacks=callbacks, plugins=[DurableCheckpointIO()])
-        if finder == "lr_find":
-            images.batch_size = 10
-        if searches and finder == "lr_find":
-            Tuner(fitted).lr_find(module, datamodule=images, num_training=5, update_attr=False)
-        elif searches:
+        if finds_size:
             assert Tuner(fitted).scale_batch_size(module, datamodule=images, init_val=5, max_val=10) == 10
+        elif searches:
+            Tuner(fitted).lr_find(module, datamodule=images, num_training=5, update_attr=False)
         fitted.fit(module, images)
         found.append((rows.table(), module.net[1].weight, fitted.global_step))
     (table, weight, steps), (expected, expected_weight, expected_steps) = found

@@ -308,7 +308,6 @@ def test_what_is_null_now_is_a_change():
 
 LATE = """
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lit_basics import LitClassifier
 
 class Late(LitClassifier):

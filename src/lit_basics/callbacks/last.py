@@ -20,11 +20,10 @@ MAX_SECONDS = 300.0
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt``, the whole newest state; no metric decides.
 
-    It is written at the end of an epoch (at most every 10 seconds), every 5 minutes within an epoch, and at
-    the end of training; within the epoch if ``max_steps``, ``max_time`` or ``EarlyStopping`` ends it there, so that a
-    resumed run does not leave out the rest. (``ModelCheckpoint(save_last=True)`` with a monitor writes
-    only when the monitored metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest
-    record.
+    It is written at the end of an epoch (at most every 10 seconds), every 5 minutes within an epoch, and at the end of
+    training; within the epoch if ``max_steps``, ``max_time`` or ``EarlyStopping`` ends it there, so that a resumed run
+    does not leave out the rest. (``ModelCheckpoint(save_last=True)`` with a monitor writes only when the monitored
+    metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest record.
 
     Args:
         dirpath: Folder of ``last.ckpt``.
