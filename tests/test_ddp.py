@@ -178,6 +178,7 @@ class LogsItself(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 """
 WITHOUT_VALIDATION = {
+    "speed94": ["--config", "speed94", "--model.widths", "[8,16,16]"],
     "speed96": [
         *("--config", "speed96", "--model.widths", "[8,16,16]", "--model.proxy_widths", "[4,8,8]"),
         *("--trainer.strategy", "ddp_find_unused_parameters_true"),
@@ -193,6 +194,6 @@ def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch)
     monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
     data = ["--data", "SyntheticCIFAR10", "--data.train_images", "80", "--data.test_images", "20"]
     data += ["--data.val_size", "0", "--data.batch_size", "40"]
-    settings = ["--trainer.max_epochs", "2", "--run_dir", str(tmp_path / "run")]
+    settings = ["--trainer.max_epochs", "5", "--run_dir", str(tmp_path / "run")]
     run([*FIT, "--config", "ddp", *WITHOUT_VALIDATION[kind], *data, *settings])
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10

@@ -116,7 +116,7 @@ def test_it_passes_verify():
         LitSpeedNet(widths=WIDTHS, resolutions=[16, 24, 32]),
         datamodule=images(),
         checks=["loop", "resume", "manual"],
-        steps=9,
+        steps=12,  # into the epoch that leaves the whitening as it is
         progress=False,
         callbacks=[RandomState()],
     )
@@ -195,10 +195,28 @@ def test_the_learning_rates_fall_to_zero():
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             rows.append({group["name"]: group["lr"] for group in optimizer.param_groups})
 
+    fit(LitSpeedNet(widths=WIDTHS), images(), Rates(), max_epochs=-1, max_steps=4)
+    assert [row["whitening"] for row in rows] == pytest.approx([106 * (1 - i / 4) for i in range(4)])
+    rows.clear()
     fit(LitSpeedNet(widths=WIDTHS), images(), Rates())
     assert len(rows) == 12
     assert [row["filters"] for row in rows] == pytest.approx([0.24 * (1 - i / 12) for i in range(12)])
     assert rows[9]["whitening"] == 0 < rows[8]["whitening"]
+
+
+def test_no_gradient_of_the_whitening_when_its_rate_is_zero():
+    seen, biases = [], []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            bias = pl_module.net.whiten.bias
+            seen.append((trainer.current_epoch, bias.grad is not None))
+            biases.append(bias.detach().clone())
+
+    fit(LitSpeedNet(widths=WIDTHS), images(), Look())
+    assert seen == [(epoch, epoch < 3) for epoch in range(EPOCHS) for _ in range(3)]
+    assert not torch.equal(biases[8], biases[9])
+    assert torch.equal(biases[9], biases[11])
 
 
 def test_bad_arguments():

@@ -20,7 +20,7 @@ from lit_basics.nets import SpeedNet, patch_covariance
 from lit_basics.optim import LRSchedulerCallable, OptimizerCallable, SpeedOptimizer
 
 WHITENING_EPOCHS = 3
-"""Epochs in which the bias of the whitening convolution is trained."""
+"""Epochs in which the bias of the whitening convolution is trained, and then left as it is."""
 
 
 class LitWhitened(LitClassifier):
@@ -51,7 +51,7 @@ class LitWhitened(LitClassifier):
                 continue
             if not net.whitened:
                 covariance = patch_covariance(images)
-                if distributed.is_available() and distributed.is_initialized():
+                if has_process_group():
                     distributed.all_reduce(covariance)
                     covariance /= distributed.get_world_size()
                 net.whiten_(covariance)
@@ -147,7 +147,8 @@ class LitSpeedNet(LitWhitened):
     def falling_to_zero(self, optimizer: Optimizer) -> LambdaLR:
         """Return the scheduler: to 0 at the end of training, for the whitening's bias after three epochs."""
         steps = self.trainer.estimated_stepping_batches
-        early = steps * min(1.0, WHITENING_EPOCHS / (self.trainer.max_epochs or 1))
+        epochs = self.trainer.max_epochs or -1
+        early = steps * min(1.0, WHITENING_EPOCHS / epochs) if epochs > 0 else steps  # -1: as many as max_steps takes
 
         def linear(end: float) -> Any:
             return lambda step: max(0.0, 1 - step / end)
@@ -159,12 +160,20 @@ class LitSpeedNet(LitWhitened):
         """Return the loss of the batch at the epoch's resolution; the first batch sets the whitening."""
         x, y = batch
         self.whiten_once(x, self.net)
+        # a gradient that nobody uses would be a tenth of the backward pass; DistributedDataParallel waits for it
+        trained = self.current_epoch < WHITENING_EPOCHS or has_process_group()
+        self.net.whiten.bias.requires_grad_(trained)  # type: ignore[union-attr]  # it has one
         if self.resolutions:
             side = self.resolutions[min(self.current_epoch, len(self.resolutions) - 1)]
             if side < x.shape[-1]:
                 x = interpolate(x, size=(side, side), mode="bilinear")
         loss: Tensor = self.criterion(self(x), y)
         return loss
+
+
+def has_process_group() -> bool:
+    """Return whether this process is one of a distributed training."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 @functools.cache
