@@ -1,6 +1,7 @@
 """speed94: the net, the optimizer and the module against loops and formulas written out here."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +132,20 @@ def test_the_whitening_makes_patches_white():
     out = F.conv2d(x, net.whiten.weight)[:, :12].transpose(0, 1).flatten(1)
     assert torch.allclose(out @ out.T / out.shape[1], torch.eye(12), atol=0.05)  # 0.05: from the 5e-4 under the root
     assert not net.whiten.weight.requires_grad
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_it_can_be_compiled_in_bfloat16():
+    net = SpeedNet(widths=(24, 24, 24))
+    net.blocks = nn.Sequential(nn.GELU())  # the rest takes a minute to compile
+    x = torch.randn(20, 3, 16, 16)
+
+    def gradients(net):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(net(x).float().square().sum(), [net.whiten.bias, net.head.weight])
+
+    for gradient, expected in zip(gradients(torch.compile(net)), gradients(net), strict=True):
+        assert (gradient - expected).norm() < 0.02 * expected.norm()  # bfloat16 has 8 bits: 0.004 a rounding
 
 
 @pytest.mark.parametrize("side", [16, 24, 28, 32])

@@ -171,7 +171,8 @@ class SpeedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W)."""
         x = nn.functional.gelu(self.whiten(x))
-        x = self.blocks(x).amax((2, 3))
+        # not amax, whose gradient looks for the maximum again: compiled, in bfloat16, it finds none and divides by 0
+        x = self.blocks(x).flatten(2).max(2).values
         logits: Tensor = self.head(x) * self.logit_scale
         return logits
 
