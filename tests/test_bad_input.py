@@ -304,6 +304,38 @@ def test_a_truncated_npz(refused, tmp_path):
     refused([*QUICK, "--data", "NpzDataModule", "--data.path", "d.npz"], "d.npz", "damaged")
 
 
+def test_a_damaged_compressed_npz(refused, tmp_path):
+    images = np.random.default_rng(0).integers(0, 4, (8, 32, 32, 3), np.uint8)
+    np.savez_compressed(tmp_path / "d.npz", **arrays(x_train=images))
+    content = bytearray((tmp_path / "d.npz").read_bytes())
+    content[60:100] = bytes(40)  # of x_train: zlib finds that it cannot go on
+    (tmp_path / "d.npz").write_bytes(content)
+    refused([*QUICK, "--data", "NpzDataModule", "--data.path", "d.npz"], "d.npz", "damaged")
+
+
+def test_an_npz_with_a_member_that_is_no_array(refused, tmp_path):
+    np.savez(tmp_path / "d.npz", **arrays(x_test=None))
+    with zipfile.ZipFile(tmp_path / "d.npz", "a") as file:
+        file.writestr("x_test", "text")
+    refused([*QUICK, "--data", "NpzDataModule", "--data.path", "d.npz"], "d.npz: x_test has dtype")
+
+
+def test_a_name_that_is_too_long(refused):
+    refused(["fit", "--config", "a" * 300 + ".yaml"], "File name too long")
+
+
+def test_a_date_that_is_none(refused, tmp_path):
+    (tmp_path / "d.yaml").write_text("seed_everything: 2025-02-30\n")
+    refused(["fit", "--config", "d.yaml"], "d.yaml: not a YAML text file", "day is out of range")
+
+
+def test_what_the_users_own_code_says_when_it_exits(mine, capsys):
+    text = "import lit_basics, sys\nclass Mine(lit_basics.LitLeNet5):\n"
+    text += "    def setup(self, stage):\n        sys.exit('no images')"
+    assert main([*QUICK, "--model", f"{mine(text)}.Mine"]) == 1
+    assert "no images" in capsys.readouterr().err
+
+
 def test_a_missing_npz(refused):
     refused([*QUICK, "--data", "NpzDataModule", "--data.path", "no.npz"], "data.path", "no.npz")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 import threading
 import time
 from importlib.metadata import version
@@ -105,6 +106,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         DurableCheckpointIO().load_checkpoint(path)
     with pytest.raises(UserError, match="there is no checkpoint"):
         DurableCheckpointIO().load_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_others_may_read_a_checkpoint(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        saved(tmp_path, 1, 2)
+    finally:
+        os.umask(mask)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"), 0o644)
 
 
 def test_a_young_file_is_held_until_the_end(tmp_path):

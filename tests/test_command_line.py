@@ -192,6 +192,18 @@ def test_the_best_weights_load_in_bare_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=run.resolve().parent)
 
 
+def test_a_home_folder_that_the_shell_has_not_expanded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    words = ["--config", "quickstart", "--data.train_images", "200", "--trainer.max_epochs", "1", "--run_dir=~/run"]
+    assert main(["fit", *words]) == 0
+    names = {path.name for path in (tmp_path / "home" / "run").iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "best.pth", "checkpoints"}
+    assert main(["fit", *words, "--resume=auto"]) == 0
+    assert main(["test", "--run_dir=~/run"]) == 0
+    assert not (tmp_path / "~").exists()
+
+
 def test_recipes_lists_and_prints(capsys):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out

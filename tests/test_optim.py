@@ -194,3 +194,9 @@ def test_a_copied_pair_goes_on_as_the_original_would():
             optimizer.step()
         nets.append(net)
     assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
+
+
+def test_a_pair_takes_no_group_that_it_would_not_step():
+    optimizer = PairedOptimizer(LeNet5().parameters(), LeanSGD, torch.optim.SGD, filters=True)
+    with pytest.raises(UserError, match="PairedOptimizer takes no group after it was made"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})

@@ -181,6 +181,23 @@ def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, tmp_path):
             assert rows[step]["train/loss"] == expected[step]["train/loss"]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("every", [3, 1.0])
+def test_a_run_that_early_stopping_ended_stays_ended(every, tmp_path, capsys):
+    words = ["--trainer.val_check_interval", str(every), "--trainer.max_epochs", "6"]
+    whole = fit(*SMALL, *words, run_dir="whole")
+    run = fit(*SMALL, *words, *ENDS["EarlyStopping"][1])
+    ended, rows = newest(run)["global_step"], (run / "metrics.csv").read_text()
+    for _ in range(2):
+        assert main(["fit", "--run_dir", str(run), "--resume", "auto"]) == 0
+        assert f"EarlyStopping ended this run at step {ended}" in capsys.readouterr().out
+        assert newest(run)["global_step"] == ended < 48
+        assert (run / "metrics.csv").read_text() == rows
+    assert main(["fit", "--resume", str(run), "--trainer.callbacks", "null"]) == 0
+    assert newest(run)["global_step"] == 48
+    assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
+
+
 @pytest.mark.parametrize("mode", ["automatic", "manual"])
 def test_metrics_of_a_validation_within_the_epoch_are_kept(mode, tmp_path):
     """Without them a ReduceLROnPlateau finds none at the epoch's end, and the run cannot be resumed at all."""

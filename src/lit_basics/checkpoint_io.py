@@ -26,7 +26,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_basics.errors import UserError, first_line, printable
-from lit_basics.files import file_sha256, replace_file, sync_folder
+from lit_basics.files import file_sha256, make_public, replace_file, sync_folder
 from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
@@ -179,6 +179,7 @@ def write_checked(path: Path, content: bytes) -> None:
         stays = good or _good_digest(previous_path(path), known)
         with replace_file(checksum_path(path)) as sums:
             sums.write(json.dumps(list(dict.fromkeys([digest, *filter(None, [stays]), *known]))[:4]).encode())
+        make_public(staged)
         if good:  # a damaged file must not take the place of the good one before it
             _keep_as_previous(path)
         os.replace(staged, path)

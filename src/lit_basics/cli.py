@@ -53,8 +53,11 @@ def main(args: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except SystemExit as error:  # stopped by a signal, the state saved
-        return error.code if isinstance(error.code, int) else 1
+    except SystemExit as error:  # stopped by a signal, the state saved; or by the user's own code
+        if isinstance(error.code, int | None):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
 
 
 def _dispatch(args: list[str]) -> int:

@@ -240,7 +240,7 @@ def written_keys(args: list[str]) -> set[str]:
             try:
                 # {"class_path": ..., "init_args": ...}, typed as it stands
                 content = yaml.safe_load(value if equals else following)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError):  # ValueError of a date that is none
                 content = None
             walk(content, key.rstrip("+").split("."), Path())
     return keys
@@ -395,10 +395,11 @@ def config_path(name: str) -> Path:
         raise UserError(f"--config {name}: the file {what}{f'; did you mean {close[0]!r}?' if close else ''}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or type(error).__name__
+        plain = type(error) is ValueError  # of a date that is none, or an integer of thousands of digits
+        reason = getattr(error, "problem", None) or (first_line(error) if plain else type(error).__name__)
         raise UserError(f"--config {name}: not a YAML text file{where} ({reason})") from error
     check_size(content, f"--config {name}")
     if not isinstance(content, dict):

@@ -13,12 +13,12 @@ from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_mode
 from lit_basics.config import Config, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
-from lit_basics.words import config_names, option
+from lit_basics.words import config_names, option, path_option
 
 
 def evaluate(command: str, args: list[str]) -> None:
     """Validate, test or predict with a checkpoint, by default the best of the run in ``--run_dir``."""
-    directory = option(args, "--run_dir")
+    directory = path_option(args, "--run_dir")
     if directory is not None and not config_names(args) and option(args, "--model") is None:
         saved = Path(directory) / "config.yaml"
         if not saved.is_file():
@@ -89,7 +89,7 @@ def checkpoint_path(chosen: str | None, directory: str | None) -> Path:
             raise UserError("which weights? Name a run by --run_dir D or a checkpoint by --ckpt_path P")
         path = Path(directory) / "checkpoints" / f"{chosen or 'best'}.ckpt"
     else:
-        path = Path(str(chosen))
+        path = Path(str(chosen)).expanduser()
     if not path.is_file():
         last = path.name == "best.ckpt" and path.with_name("last.ckpt").is_file()
         other = "; --ckpt_path last takes the newest" if last else ""

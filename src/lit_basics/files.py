@@ -26,7 +26,7 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(staged, 0o666 & ~_umask())  # mkstemp's files are private
+        make_public(staged)
         os.replace(staged, path)
     except BaseException:
         os.unlink(staged)
@@ -34,10 +34,11 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def _umask() -> int:
+def make_public(path: str) -> None:
+    """Give a file of mkstemp's, which is private, the mode that new files have."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(path, 0o666 & ~mask)
 
 
 def file_sha256(path: Path) -> str:

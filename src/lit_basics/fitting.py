@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,15 +29,20 @@ from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.recipes import recipe_names
 from lit_basics.recording import recorder_of
-from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run
-from lit_basics.run_directory import check_writable, new_run_directory, remove_traces, share
+from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run, flat
+from lit_basics.run_directory import PATIENCE, check_writable, held, new_run_directory, remove_traces, share
 from lit_basics.soft_loggers import fail_soft, finish_wandb
-from lit_basics.words import config_names, option
+from lit_basics.words import config_names, option, path_option
 
 
 def fit(args: list[str]) -> None:
     """Train: everything that the run writes goes into its directory."""
     config, directory, made = _new_or_resumed(args)
+    with held(directory, PATIENCE if option(args, "--resume") else 0.0):
+        _fit(config, directory, made)
+
+
+def _fit(config: Config, directory: Path, made: list[Path]) -> None:
     trainer = None
     try:
         config.prepare_loggers(directory)
@@ -54,8 +60,8 @@ def fit(args: list[str]) -> None:
         how = f"the state is saved; go on with --resume {directory}" if saved else "before the first step"
         rank_zero_only(print)(f"\nstopped by a signal, {how}", file=sys.stderr)
         raise
-    except SystemExit as error:  # Lightning's way to leave after Ctrl-C
-        if trainer is None or not trainer.interrupted:
+    except SystemExit as error:
+        if trainer is None or not isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way after Ctrl-C
             raise
         print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
         raise KeyboardInterrupt from error
@@ -107,7 +113,7 @@ def _after_non_finite(directory: Path) -> str:
 
 def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
     """Return the configuration, the run's directory, and what was made for it."""
-    resume, run_dir = option(args, "--resume"), option(args, "--run_dir")
+    resume, run_dir = path_option(args, "--resume"), path_option(args, "--run_dir")
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     if found is None:
         config = Config(args)
@@ -120,9 +126,12 @@ def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
         (directory, checkpoint), made = found, []
         check_writable(directory)
         config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
-        config.optimizer_arguments = check_changes(
-            yaml.safe_load((directory / "config.yaml").read_text()), config.to_dict(), config.config.resume_reset
-        )
+        saved = yaml.safe_load((directory / "config.yaml").read_text())
+        drop_repeated(config, saved)
+        now = config.to_dict()
+        config.optimizer_arguments = check_changes(saved, now, config.config.resume_reset)
+        if config_names(args):
+            tell_of_unread(args, now)
         config.config.ckpt_path = str(checkpoint)
         config.resumed = True
         share(directory)
@@ -134,6 +143,29 @@ def run_name(args: list[str]) -> str:
     names = config_names(args)
     names = [name for name in names if name not in recipe_names("overlays")] or names
     return Path(names[0]).stem if names else (option(args, "--model") or "run").rpartition(".")[2]
+
+
+def drop_repeated(config: Config, saved: dict[str, Any]) -> None:
+    """Take out callbacks and loggers that ``+`` flags append as the saved ones: the command of the run, given again."""
+    for key in ("callbacks", "logger"):
+        known, now = (values["trainer"].get(key) for values in (saved, config.to_dict()))
+        if isinstance(known, list) and isinstance(now, list):
+            entries = enumerate(config.config.trainer[key])
+            kept = [entry for i, entry in entries if i < len(known) or now[i] not in known]
+            config.config.trainer[key] = kept
+
+
+def tell_of_unread(args: list[str], now: dict[str, Any]) -> None:
+    """Say where what was typed as ``--config`` differs from the resumed run, which goes on with its own."""
+    try:
+        typed = flat(Config(args).to_dict())
+    except UserError:  # the file may have gone
+        return
+    own = flat(now)
+    keys = [key for key, value in typed.items() if own.get(key, value) != value]
+    if keys:
+        named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", …" if keys[3:] else "")
+        rank_zero_only(print)(f"the run goes on with its own config.yaml; what --config names has another {named}")
 
 
 def without_configs(args: list[str]) -> list[str]:

@@ -40,7 +40,7 @@ class TrainingHooks(pl.Callback):
         self._manual = not module.automatic_optimization
         self._several = self._manual and module.steps_per_execution > 1
         self._own_clipping = is_overridden("configure_gradient_clipping", module)
-        self._settings = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        self._settings: Any = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
@@ -55,7 +55,10 @@ class TrainingHooks(pl.Callback):
             UserError: If the DataModule knows its number of classes and it is larger than the module's, or the
                 Trainer has what cannot work with several steps per execution.
         """
-        trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
+        if pl_module is not self.module:  # left over: the Trainer has trained another module before
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            return
+        self._put_settings_back(trainer)
         there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
@@ -242,7 +245,13 @@ class TrainingHooks(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was."""
+        self._put_settings_back(trainer)  # an earlier setup may have failed, as of the data
         self.teardown(trainer, pl_module, "")
+
+    def _put_settings_back(self, trainer: pl.Trainer) -> None:
+        if self._settings is not None:
+            trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
+            self._settings = None
 
 
 NEVER = 2**62

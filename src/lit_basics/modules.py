@@ -414,17 +414,18 @@ class MeanLoss(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # float64: the same mean however the samples are shared out
+        # float64: the same mean however the samples are shared out; MPS has none
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, size: int) -> None:
         """Add a batch of ``size`` samples with mean ``loss``."""
-        self.total += loss.detach().double() * size
+        self.total += loss.detach().to(self.total.dtype) * size
         self.count += size
 
     def compute(self) -> Tensor:
-        """Return the mean over the samples, a float64 scalar."""
+        """Return the mean over the samples, a float64 scalar (float32 where there is MPS)."""
         return self.total / self.count
 
 

@@ -158,7 +158,7 @@ class SpeedNet(nn.Module):
         Args:
             covariance: That of the patches, (12, 12), as :func:`patch_covariance` returns it.
         """
-        values, vectors = torch.linalg.eigh(covariance.double().cpu())
+        values, vectors = torch.linalg.eigh(covariance.cpu().double())
         filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 

@@ -62,6 +62,16 @@ class PairedOptimizer(Optimizer):
             optimizer.state = self.state
             start = stop
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse another group, as a callback adds that unfreezes layers: neither optimizer would step it.
+
+        Raises:
+            UserError: After the optimizer was made.
+        """
+        if hasattr(self, "_optimizers"):
+            raise UserError("PairedOptimizer takes no group after it was made: give it all parameters, frozen ones too")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step both optimizers; ``closure``, if given, is evaluated once, first."""

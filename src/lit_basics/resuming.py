@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, OneCycleLR, SequentialLR
 
@@ -98,7 +100,7 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
     Raises:
         UserError: If a value differs that the run cannot go on with.
     """
-    before, after = _flat(saved), _flat(typed)
+    before, after = flat(saved), flat(typed)
     # a class in the place of which is now null is there by its arguments only
     nulled = {key for key, value in after.items() if value is None and any(k.startswith(f"{key}.") for k in before)}
     changes = {key: value for key, value in after.items() if before.get(key) != value or key in nulled}
@@ -120,10 +122,11 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
     return arguments
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of nested dicts by their dotted keys."""
     if not isinstance(value, dict):
         return {key: value}
-    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}".strip(".")).items()}
+    return {k: v for name, inner in value.items() for k, v in flat(inner, f"{key}.{name}".strip(".")).items()}
 
 
 class ResumedData(pl.Callback):
@@ -160,6 +163,8 @@ class ResumedData(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare the data; for a reset, print what is different and end the checkpoint's epoch.
 
+        A run that ``EarlyStopping`` has ended makes no step: Lightning would train on to its next look.
+
         Raises:
             UserError: If it is other data, and no reset, or if another state was given back since.
         """
@@ -167,6 +172,12 @@ class ResumedData(pl.Callback):
             raise UserError(
                 f"the run to resume stands at step {self._step}, but would begin at {trainer.global_step}: a callback "
                 "has given back another state, as BatchSizeFinder does; leave it out, by --trainer.callbacks null"
+            )
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        if any(stop.stopping_reason != EarlyStoppingReason.NOT_STOPPED for stop in stops):
+            trainer.should_stop = True
+            rank_zero_only(print)(
+                f"EarlyStopping ended this run at step {self._step}; to train on, leave it out of --trainer.callbacks"
             )
         loader: Any = trainer.train_dataloader
         now = {"world_size": trainer.world_size, **(loader.state_dict() if hasattr(loader, "state_dict") else {})}

@@ -1,14 +1,16 @@
 """Where a run writes: a directory of its own, the same on all processes."""
 
 import contextlib
+import fcntl
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.errors import UserError
-from lit_basics.files import replace_file
 
 _RUN_DIR = "LIT_BASICS_RUN_DIR"
 """Carries the run's directory from rank 0 to the processes that Lightning starts."""
@@ -18,6 +20,8 @@ CONTENTS = ("config.yaml", "metrics.csv", "checkpoints", "best.pth")
 """What a run leaves in its directory, next to its loggers' files."""
 WRITTEN = CONTENTS[:2]
 """What is there before the first step."""
+PATIENCE = 15.0
+"""Seconds that a resumed run waits for the directory: of one that was killed, workers may still be leaving."""
 TRIAL = 1 << 18
 """Bytes of a trial file: more than an empty file, which a full disk still takes, and soon written."""
 
@@ -70,6 +74,42 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
     return directory, made
 
 
+@contextlib.contextmanager
+def held(directory: Path, patience: float = 0.0) -> Iterator[None]:
+    """Let no other process train in a run's directory; the system lets it go when this process ends, however it does.
+
+    Args:
+        directory: The run's directory.
+        patience: Seconds to wait for another process that trains there.
+
+    Raises:
+        UserError: If one still does.
+    """
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        end = time.monotonic() + patience
+        while not _lock(descriptor):
+            if time.monotonic() > end:
+                raise UserError(f"another process trains in {directory}; name another --run_dir, or wait for its end")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
 def check_writable(directory: Path) -> None:
     """Refuse a directory on a disk that is full or read-only, before a run's first step.
 
@@ -77,9 +117,10 @@ def check_writable(directory: Path) -> None:
         UserError: If a file of :data:`TRIAL` bytes cannot be written into it.
     """
     try:
-        with replace_file(directory / ".writable") as file:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".writable.") as file:
             file.write(bytes(TRIAL))
-        (directory / ".writable").unlink()
+            file.flush()
+            os.fsync(file.fileno())  # some disks are full only then
     except OSError as error:
         raise _not_writable(directory, error) from error
 

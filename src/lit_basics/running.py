@@ -1,5 +1,6 @@
 """Runs a subcommand: quietly, and with the libraries' errors sorted into the user's and ours."""
 
+import errno
 import logging
 import re
 import warnings
@@ -30,6 +31,10 @@ def run(command: str, args: list[str]) -> None:
                 verify_config(args)
             else:
                 evaluate(command, args)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+            raise
+        raise UserError(f"{shortened(str(error.filename))}: {error.strerror}") from error
     except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
         raise UserError(shortened(str(error))) from error
     except (RuntimeError, IndexError, ValueError, ImportError, AttributeError) as error:

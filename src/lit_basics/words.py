@@ -1,5 +1,7 @@
 """The words of the command line, looked at before they are parsed."""
 
+import os
+
 from lit_basics.errors import UserError
 
 
@@ -18,6 +20,12 @@ def option(args: list[str], name: str) -> str | None:
         elif word.startswith(f"{name}="):
             value = word.partition("=")[2]
     return value
+
+
+def path_option(args: list[str], name: str) -> str | None:
+    """Return a typed path, its ``~`` expanded: shells leave that of ``--name=~/path`` as it is."""
+    value = option(args, name)
+    return value and os.path.expanduser(value)
 
 
 def taken(args: list[str], name: str) -> tuple[list[str], list[str]]:

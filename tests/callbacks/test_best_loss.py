@@ -5,8 +5,9 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import fit, metrics
+from helpers import assert_equal, fit, metrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, SyntheticCIFAR10
@@ -239,3 +240,36 @@ def test_best_weights_are_written_now_and_then_and_at_the_end(tmp_path, monkeypa
     assert len(writes) == 2
     saved = torch.load(run / "best.pth", weights_only=True)
     assert saved["w"].item() == metrics(run)[30]["param/w"]
+
+
+def test_the_record_goes_on_where_validations_come_every_second_epoch():
+    """Without a sanity check the validation batches are not counted when training starts."""
+    words = ["--config", "quickstart", "--data.train_images", "300", "--trainer.check_val_every_n_epoch", "2"]
+    words += ["--trainer.num_sanity_val_steps", "0"]
+    fit(*words, "--trainer.max_epochs", "6", run_dir="whole")
+    fit(*words, "--trainer.max_epochs", "2", run_dir="run")
+    assert main(["fit", "--run_dir", "run", "--resume", "auto", "--trainer.max_epochs", "6"]) == 0
+    states = []
+    for name in ("run", "whole"):
+        callbacks = torch.load(f"{name}/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+        states.append(next(state for key, state in callbacks.items() if key.startswith("BestLossCheckpoint")))
+    assert states[0]["monitor"] == states[1]["monitor"] == "val/loss"
+    assert states[0]["best_model_score"] == states[1]["best_model_score"]
+
+
+def test_training_loss_where_validations_every_second_epoch_are_switched_off(tmp_path):
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best, limit_val_batches=0, check_val_every_n_epoch=2)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
+    assert best.monitor == "train/loss"
+    assert best.best_model_score is not None
+    assert (tmp_path / "best.pth").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`")
+def test_the_plain_weights_are_the_averages_whose_loss_was_the_lowest(tmp_path):
+    average = EMAWeightAveraging(decay=0.5)
+    trainer(average, BestLossCheckpoint(str(tmp_path))).fit(LitBlitzNet(), datamodule=data(val_size=16))
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
+    plain = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert_equal(plain, {name.removeprefix("net."): v for name, v in saved.items() if name.startswith("net.")})

@@ -107,10 +107,11 @@ def test_the_weights_are_the_same_with_and_without_it():
     assert torch.equal(*weights)
 
 
-def test_norms_of_sparse_and_half_precision_gradients():
+def test_norms_of_sparse_complex_and_half_precision_gradients():
     table = nn.Embedding(5, 2, sparse=True)
     table(torch.tensor([1, 1, 3])).sum().backward()
     half = torch.full((1000,), 200.0, dtype=torch.float16)  # its squares are beyond float16
+    assert gradient_norms([torch.tensor([3 + 4j, 12j])])[1] == 13
     norms = gradient_norms([table.weight.grad, half])
     assert norms == pytest.approx([(10 + 4e7) ** 0.5, 10**0.5, 4e7**0.5])
     exact = torch.tensor([1 + 2.0**-40], dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
         if self._chosen_monitor is None:
-            validated = trainer.enable_validation and sum(trainer.num_val_batches) > 0
+            # without a sanity check the batches may not have been counted yet
+            validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
             self.monitor = "val/loss" if validated else "train/loss"
         self._missed = self._off = False
 
@@ -80,12 +83,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         if self._off or (self._chosen_monitor is None and self.monitor not in trainer.callback_metrics):
             self._missed = not trainer.sanity_checking  # the epoch's mean of train/loss may still come
             return
-        if self._record_of not in (None, self.monitor):  # of train/loss, before the first validation
-            self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
-        before, self._saving = self.best_model_score, True
-        super().on_validation_end(trainer, pl_module)
-        self._saving = False
-        self._keep_weights(before, trainer, pl_module)
+        with self._own_saves(trainer):
+            super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
@@ -104,16 +103,30 @@ class BestLossCheckpoint(ModelCheckpoint):
                 )
         if self._off:
             return
-        before, self._saving = self.best_model_score, True
-        super().on_train_epoch_end(trainer, pl_module)
-        self._saving = False
-        self._keep_weights(before, trainer, pl_module)
+        with self._own_saves(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
+        # Lightning's private name: it would leave train/loss out where validations are to come every n epochs
+        decides = self._chosen_monitor is None and self.monitor == "train/loss"
+        return decides or super()._should_save_on_train_epoch_end(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write what is held before another checkpoint holds its record: a resumed run must find it."""
-        if not self._saving:
+        """Write what is held before another checkpoint holds its record: a resumed run must find it.
+
+        The plain weights are those of the checkpoint: another callback may have put averages there.
+        """
+        if self._saving:
+            prefix = "net." if isinstance(getattr(pl_module, "net", None), nn.Module) else ""
+            state = {
+                name.removeprefix(prefix).replace("_orig_mod.", ""): copy.deepcopy(value)
+                for name, value in checkpoint["state_dict"].items()
+                if name.startswith(prefix)
+            }
+            self._held = state if trainer.is_global_zero else None
+        else:
             self._write_weights()
             if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
                 trainer.strategy.checkpoint_io.flush()
@@ -128,17 +141,20 @@ class BestLossCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._write_weights()
 
-    def _keep_weights(self, before: Tensor | None, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.best_model_score is before:
-            return
-        self._record_of = self.monitor
-        if not trainer.is_global_zero:
-            return
-        net = getattr(pl_module, "net", None)
-        state = (net if isinstance(net, nn.Module) else pl_module).state_dict()
-        self._held = {name.replace("_orig_mod.", ""): copy.deepcopy(value) for name, value in state.items()}
-        if time.monotonic() - self._written_at >= MIN_SECONDS:
-            self._write_weights()
+    @contextmanager
+    def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Let a record of another metric be forgotten, and the weights of a new one be kept."""
+        if self.monitor in trainer.callback_metrics and self._record_of not in (None, self.monitor):
+            self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
+        before, self._saving = self.best_model_score, True
+        try:
+            yield
+        finally:
+            self._saving = False
+        if self.best_model_score is not before:
+            self._record_of = self.monitor
+            if time.monotonic() - self._written_at >= MIN_SECONDS:
+                self._write_weights()
 
     def _write_weights(self) -> None:
         if self._held is None:

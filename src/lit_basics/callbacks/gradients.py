@@ -87,6 +87,7 @@ def gradient_norms(grads: Sequence[Tensor]) -> Tensor | list[float]:
         if any gradient is, else float32.
     """
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    dense = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in dense]
     kinds = {grad.dtype for grad in dense}
     dtype = torch.float64 if torch.float64 in kinds else torch.float32
     # the kernel behind torch.nn.utils.get_total_norm, which returns only the total

@@ -97,6 +97,10 @@ class NonFiniteGuard(pl.Callback):
         if every_n_batches < 1:
             raise UserError(f"every_n_batches is {every_n_batches}; it must be at least 1")
         self.policy, self.budget, self.every_n_batches = policy, budget, every_n_batches
+        self._found = torch.zeros(1, dtype=torch.float32, device="cpu")
+        self._begin()
+
+    def _begin(self) -> None:
         self.faults = 0
         """Number of faults so far."""
         self._losses: deque[Tensor] = deque(maxlen=LOSSES)  # of the step that is being made
@@ -104,7 +108,6 @@ class NonFiniteGuard(pl.Callback):
         self._drop = False  # the step that is being accumulated is not to be made
         self._undo = False  # to be rolled back at the end of this batch
         self._stepped = False
-        self._found = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._evaluated: tuple[int, int] | None = None
         self._checked = 0
         self._snapshot: dict[str, Any] | None = None
@@ -113,7 +116,7 @@ class NonFiniteGuard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew: a save before training starts, such as a search for a learning rate makes, is let pass."""
-        self._infinite = None
+        self._begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose how to look, and take the first snapshot.
@@ -288,7 +291,7 @@ class NonFiniteGuard(pl.Callback):
     def _fault_of_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Fault | None:
         """Look at the losses and norms that were kept, all in one transfer."""
         steps, self._steps = self._steps, []
-        values = [v.flatten().to(step.norms.dtype) for step in steps for v in (*step.losses, step.norms)]
+        values = [v.flatten().to(step.norms.dtype) for step in steps for v in (*step.losses, step.norms) if v.numel()]
         if not values or bool(torch.isfinite(torch.cat(values)).all()):
             return None
         for step in steps:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -38,6 +39,8 @@ class RandomState(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the states until training starts: what comes before it draws too."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self._loaded = checkpoint.get("random_state")
         loops = checkpoint.get("loops") or {"fit_loop": {"state_dict": {}}}  # weights only: there are none
         self._loader_states = loops["fit_loop"]["state_dict"].get("combined_loader", [])

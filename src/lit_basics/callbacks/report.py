@@ -1,5 +1,6 @@
 """The running loss, printed and logged as the tutorials print it."""
 
+import weakref
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -44,7 +45,9 @@ class LossReport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to the rows of the recorder."""
         self._recorder = recorder_of(trainer)
-        self._recorder.listeners["loss report " + self.key] = lambda step, row: self._add(trainer, step, row)
+        # the recorder must not keep them alive: Lightning gives each callback the module's log
+        me, known = weakref.proxy(self), weakref.proxy(trainer)
+        self._recorder.listeners["loss report " + self.key] = lambda step, row: me._add(known, step, row)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new report."""
@@ -76,7 +79,8 @@ class LossReport(pl.Callback):
         total = sum(self._losses)
         value = total / len(self._losses) if self.reduction == "mean" else total
         self._losses = []
-        recorder_of(trainer).write({self.key: value}, step)
+        assert self._recorder is not None
+        self._recorder.write({self.key: value}, step)
         if trainer.is_global_zero:
             # tqdm's write does not tear a progress bar; without one it prints
             tqdm.write(f"[{trainer.current_epoch + 1}, {step - self._first_step:5d}] loss: {value:.3f}")

@@ -59,7 +59,7 @@ class CIFAR10DataModule(ArrayDataModule):
         super().__init__(**kwargs)
         if not timeout > 0:
             raise UserError(f"timeout is {timeout}; it must be more than 0 seconds")
-        self.data_dir = Path(data_dir)
+        self.data_dir = Path(data_dir).expanduser()
         self.mirrors = [mirrors] if isinstance(mirrors, str) else list(mirrors)
         self.timeout = timeout
         self._checked_arrays: ImageArrays | None = None

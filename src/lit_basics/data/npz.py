@@ -1,6 +1,5 @@
 """Images from an ``.npz`` file with the keys of Keras' ``mnist.npz``."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class NpzDataModule(ArrayDataModule):
 
     def __init__(self, path: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise UserError(f"data.path: there is no file {path}")
 
@@ -47,10 +46,10 @@ class NpzDataModule(ArrayDataModule):
                 if missing:
                     has = ", ".join(file) or "nothing"
                     raise UserError(f"{self.path} lacks the key {missing[0]}; it has {has}")
-                arrays = {key: file[key] for key in KEYS}
+                arrays = {key: np.asarray(file[key]) for key in KEYS}  # a member that is no array comes as bytes
         except UserError:
             raise
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds
             reason = first_line(error)
             if "pickle" in reason.lower():
                 reason = "it holds pickled objects, which are never loaded"

@@ -81,11 +81,10 @@ class EpochOrder:
             # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
             self.epoch, self._position = self.epoch + 1, 0
         self._resumed = False
-        order = self._samples()
-        while self._position < len(self._stops):
-            batch = self._position
+        order, epoch = self._samples(), self.epoch
+        for batch in range(self._position, len(self._stops)):
             start = self._stops[batch - 1] if batch else 0
-            self._position += 1
+            self.epoch, self._position = epoch, batch + 1  # there may be another iteration beside this one
             yield batch, self._share(order, start, self._stops[batch])
 
     def _samples(self) -> Tensor:
