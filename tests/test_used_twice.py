@@ -63,6 +63,7 @@ def test_a_guard_has_nothing_of_an_earlier_fit_to_go_back_to(first):
     trainer(guard).fit(first, datamodule=data())
     module = Breaking(0, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
     trainer(guard).fit(module, datamodule=data())
+    trainer(guard).validate(module, datamodule=data(), verbose=False)
     assert guard.faults == 1
     assert_equal(module.net.state_dict(), module.before)
 

@@ -116,7 +116,8 @@ class NonFiniteGuard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew: a save before training starts, such as a search for a learning rate makes, is let pass."""
-        self._begin()
+        if stage == TrainerFn.FITTING:
+            self._begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose how to look, and take the first snapshot.
