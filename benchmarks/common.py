@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import platform
 import statistics
@@ -55,6 +56,7 @@ def begin(doc: str | None) -> argparse.Namespace:
         os.environ[CPU_TIME] = "1"
     options.rounds = 1 if options.quick else options.rounds
     quiet()
+    logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.WARNING)  # summaries of Lightning's defaults
     torch.set_num_threads(1)
     return options
 
