@@ -188,10 +188,12 @@ def test_a_run_that_early_stopping_ended_stays_ended(every, tmp_path, capsys):
     whole = fit(*SMALL, *words, run_dir="whole")
     run = fit(*SMALL, *words, *ENDS["EarlyStopping"][1])
     ended, rows = newest(run)["global_step"], (run / "metrics.csv").read_text()
+    saved = (run / "checkpoints" / "last.ckpt").read_bytes()
     for _ in range(2):
         assert main(["fit", "--run_dir", str(run), "--resume", "auto"]) == 0
         assert f"EarlyStopping ended this run at step {ended}" in capsys.readouterr().out
         assert newest(run)["global_step"] == ended < 48
+        assert (run / "checkpoints" / "last.ckpt").read_bytes() == saved
         assert (run / "metrics.csv").read_text() == rows
     assert main(["fit", "--resume", str(run), "--trainer.callbacks", "null"]) == 0
     assert newest(run)["global_step"] == 48

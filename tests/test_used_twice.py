@@ -1,6 +1,8 @@
 """Trainers, callbacks, loaders and commands used a second time: nothing of the first use is left in the second."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from lit_basics import (
     NonFiniteGuard,
     RandomState,
     SyntheticCIFAR10,
+    run_directory,
 )
 from lit_basics.cli import main
 
@@ -212,16 +215,43 @@ def test_the_command_of_a_run_can_be_given_again(capsys):
     assert (run / "config.yaml").read_text().count("LearningRateMonitor") == 1
 
 
+def test_a_list_of_callbacks_that_is_typed_whole_is_taken_as_it_is():
+    run = fit(*SMALL, "--trainer.callbacks", '["LossReport"]')
+    words = ["--trainer.callbacks", '["GradientMonitor", "LossReport"]', "--trainer.max_epochs", "6"]
+    fit("--resume", "run", *words)
+    text = (run / "config.yaml").read_text()
+    assert text.count("LossReport") == text.count("GradientMonitor") == 1
+
+
+def test_what_a_process_that_was_waited_for_has_saved_is_gone_on_from(tmp_path, monkeypatch, capsys):
+    fit(*SMALL, run_dir="other")
+    (tmp_path / "run").mkdir()
+    lock = run_directory._lock
+
+    def busy(descriptor):
+        if (tmp_path / "other").exists():  # it saves, and leaves
+            shutil.copytree("other", "run", dirs_exist_ok=True)
+            shutil.rmtree("other")
+            return False
+        return lock(descriptor)
+
+    monkeypatch.setattr(run_directory, "_lock", busy)
+    fit(*SMALL, "--resume", "auto", "--trainer.max_epochs", "6")
+    out = capsys.readouterr().out
+    assert "afresh" not in out
+    assert "resuming with trainer.max_epochs 6 (was 5)" in out
+
+
 def test_another_config_on_a_resume_is_told_of(capsys):
-    fit(*SMALL)
+    fit(*SMALL, "--seed_everything", "3")
     capsys.readouterr()
-    fit(*SMALL, "--resume", "auto")
-    assert "its own config.yaml" not in capsys.readouterr().out
+    fit(*SMALL, "--resume", "auto", "--trainer.max_epochs", "6")
+    assert "what --config names has another seed_everything" in capsys.readouterr().out
+    assert os.environ["PL_GLOBAL_SEED"] == "3"
     fit(*SMALL, "--config", "manual", "--resume", "auto")
     out = capsys.readouterr().out
-    assert (
-        "the run goes on with its own config.yaml; what --config names has another model.automatic_optimization" in out
-    )
+    assert "the run goes on with its own config.yaml; what --config names has another seed_everything" in out
+    assert "model.automatic_optimization" in out
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import time
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import (
     BoringDataModule,
     BoringDataModuleNoLen,
@@ -110,6 +110,13 @@ def test_our_own_module_passes_every_check():
     assert "11 resume points" in report["resume"].text
     assert "each of 6 validation samples counted once" in report["ddp"].text
     assert report["kill"].text.count(",") == 2, "three kills"
+
+
+def test_a_datamodule_by_position_and_a_progress_bar_as_trainer_fit_takes_them():
+    settings = EXACT | {"callbacks": [*EXACT["callbacks"], TQDMProgressBar(refresh_rate=10)]}
+    report = verify(LitLeNet5(), images(), checks=["loop", "resume", "ddp"], steps=2, **settings)
+    assert report.passed, str(report)
+    assert "validation samples counted once" in report["ddp"].text
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,15 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
+_UMASK = threading.Lock()
+"""It can only be read by being set, in all threads."""
+
+
 def make_public(path: str) -> None:
     """Give a file of mkstemp's, which is private, the mode that new files have."""
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
 
 

@@ -37,8 +37,17 @@ from lit_basics.words import config_names, option, path_option
 
 def fit(args: list[str]) -> None:
     """Train: everything that the run writes goes into its directory."""
-    config, directory, made = _new_or_resumed(args)
-    with held(directory, PATIENCE if option(args, "--resume") else 0.0):
+    resume, run_dir = path_option(args, "--resume"), path_option(args, "--run_dir")
+    found = find_run(resume, run_dir, run_name(args)) if resume else None
+    with contextlib.ExitStack() as stack:
+        place = found[0] if found else Path(run_dir or "")
+        if resume and (found or (run_dir and place.is_dir())):
+            if stack.enter_context(held(place, PATIENCE)):
+                found = find_run(resume, str(place) if resume == "auto" else run_dir, run_name(args))
+            config, directory, made = _new_or_resumed(args, found)
+        else:
+            config, directory, made = _new_or_resumed(args, None)
+            stack.enter_context(held(directory))
         _fit(config, directory, made)
 
 
@@ -111,11 +120,15 @@ def _after_non_finite(directory: Path) -> str:
     )
 
 
-def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
-    """Return the configuration, the run's directory, and what was made for it."""
-    resume, run_dir = path_option(args, "--resume"), path_option(args, "--run_dir")
-    found = find_run(resume, run_dir, run_name(args)) if resume else None
+def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[Config, Path, list[Path]]:
+    """Return the configuration, the run's directory, and what was made for it.
+
+    Args:
+        args: The words of the command line.
+        found: The directory and the checkpoint of the run to go on with, if there is one.
+    """
     if found is None:
+        resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
         config = Config(args)
         if config.config.ckpt_path is not None:
             config.config.ckpt_path = str(checkpoint_path(config.config.ckpt_path, None))
@@ -125,13 +138,13 @@ def _new_or_resumed(args: list[str]) -> tuple[Config, Path, list[Path]]:
     else:
         (directory, checkpoint), made = found, []
         check_writable(directory)
+        typed = typed_settings(args)  # before the run's own, which seeds the process
         config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
         saved = yaml.safe_load((directory / "config.yaml").read_text())
         drop_repeated(config, saved)
         now = config.to_dict()
         config.optimizer_arguments = check_changes(saved, now, config.config.resume_reset)
-        if config_names(args):
-            tell_of_unread(args, now)
+        tell_of_unread(typed, flat(now))
         config.config.ckpt_path = str(checkpoint)
         config.resumed = True
         share(directory)
@@ -149,19 +162,22 @@ def drop_repeated(config: Config, saved: dict[str, Any]) -> None:
     """Take out callbacks and loggers that ``+`` flags append as the saved ones: the command of the run, given again."""
     for key in ("callbacks", "logger"):
         known, now = (values["trainer"].get(key) for values in (saved, config.to_dict()))
-        if isinstance(known, list) and isinstance(now, list):
+        if isinstance(known, list) and isinstance(now, list) and now[: len(known)] == known:
             entries = enumerate(config.config.trainer[key])
             kept = [entry for i, entry in entries if i < len(known) or now[i] not in known]
             config.config.trainer[key] = kept
 
 
-def tell_of_unread(args: list[str], now: dict[str, Any]) -> None:
-    """Say where what was typed as ``--config`` differs from the resumed run, which goes on with its own."""
+def typed_settings(args: list[str]) -> dict[str, Any]:
+    """Return all settings that a new run of this command would have, by dotted keys, if a ``--config`` was typed."""
     try:
-        typed = flat(Config(args).to_dict())
+        return flat(Config(args).to_dict()) if config_names(args) else {}
     except UserError:  # the file may have gone
-        return
-    own = flat(now)
+        return {}
+
+
+def tell_of_unread(typed: dict[str, Any], own: dict[str, Any]) -> None:
+    """Say where what was typed as ``--config`` differs from the resumed run, which goes on with its own."""
     keys = [key for key, value in typed.items() if own.get(key, value) != value]
     if keys:
         named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", …" if keys[3:] else "")

@@ -174,7 +174,7 @@ class ResumedData(pl.Callback):
                 "has given back another state, as BatchSizeFinder does; leave it out, by --trainer.callbacks null"
             )
         stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        if any(stop.stopping_reason != EarlyStoppingReason.NOT_STOPPED for stop in stops):
+        if not self.reset and any(stop.stopping_reason != EarlyStoppingReason.NOT_STOPPED for stop in stops):
             trainer.should_stop = True
             rank_zero_only(print)(
                 f"EarlyStopping ended this run at step {self._step}; to train on, leave it out of --trainer.callbacks"

@@ -75,27 +75,33 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
 
 
 @contextlib.contextmanager
-def held(directory: Path, patience: float = 0.0) -> Iterator[None]:
-    """Let no other process train in a run's directory; the system lets it go when this process ends, however it does.
+def held(directory: Path, patience: float = 0.0) -> Iterator[bool]:
+    """Let no other process of this machine train in a run's directory, until this one ends, however it does.
 
     Args:
         directory: The run's directory.
         patience: Seconds to wait for another process that trains there.
 
+    Yields:
+        Whether there was one: it may have saved since.
+
     Raises:
         UserError: If one still does.
     """
     if rank_zero_only.rank:  # type: ignore[attr-defined]
-        yield
+        yield False
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        end = time.monotonic() + patience
+        waited, end = False, time.monotonic() + patience
         while not _lock(descriptor):
             if time.monotonic() > end:
                 raise UserError(f"another process trains in {directory}; name another --run_dir, or wait for its end")
             time.sleep(0.1)
-        yield
+            waited = True
+        yield waited
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have it too
     finally:
         os.close(descriptor)
 

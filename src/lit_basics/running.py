@@ -32,7 +32,7 @@ def run(command: str, args: list[str]) -> None:
             else:
                 evaluate(command, args)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+        if not error.filename or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
             raise
         raise UserError(f"{shortened(str(error.filename))}: {error.strerror}") from error
     except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:

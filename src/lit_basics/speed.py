@@ -132,6 +132,7 @@ class LitSpeedNet(LitWhitened):
             **kwargs,
         )
         self.resolutions = list(resolutions)
+        self._froze = False
 
     def trained_parameters(self) -> list[dict[str, Any]]:
         """Return the groups: the whitening's bias, the other biases, the head, the filters."""
@@ -160,9 +161,14 @@ class LitSpeedNet(LitWhitened):
         """Return the loss of the batch at the epoch's resolution; the first batch sets the whitening."""
         x, y = batch
         self.whiten_once(x, self.net)
-        # a gradient that nobody uses would be a tenth of the backward pass; DistributedDataParallel waits for it
-        trained = self.current_epoch < WHITENING_EPOCHS or has_process_group()
-        self.net.whiten.bias.requires_grad_(trained)  # type: ignore[union-attr]  # it has one
+        trained: Any = self.net.whiten.bias
+        if self._froze and self.current_epoch < WHITENING_EPOCHS:  # another fit
+            trained.requires_grad_(True)
+            self._froze = False
+        elif self.current_epoch >= WHITENING_EPOCHS and trained.requires_grad and not has_process_group():
+            # its gradient, which nobody uses, is a tenth of the backward pass; DistributedDataParallel waits for it
+            trained.requires_grad_(False)
+            self._froze = True
         if self.resolutions:
             side = self.resolutions[min(self.current_epoch, len(self.resolutions) - 1)]
             if side < x.shape[-1]:

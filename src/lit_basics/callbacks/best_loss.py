@@ -119,13 +119,12 @@ class BestLossCheckpoint(ModelCheckpoint):
         The plain weights are those of the checkpoint: another callback may have put averages there.
         """
         if self._saving:
-            prefix = "net." if isinstance(getattr(pl_module, "net", None), nn.Module) else ""
-            state = {
-                name.removeprefix(prefix).replace("_orig_mod.", ""): copy.deepcopy(value)
-                for name, value in checkpoint["state_dict"].items()
-                if name.startswith(prefix)
-            }
-            self._held = state if trainer.is_global_zero else None
+            state = checkpoint["state_dict"]
+            if isinstance(net := getattr(pl_module, "net", None), nn.Module):
+                of_net = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+                state = of_net or net.state_dict()  # it may be in the module under another name
+            if trainer.is_global_zero:
+                self._held = {name.replace("_orig_mod.", ""): copy.deepcopy(value) for name, value in state.items()}
         else:
             self._write_weights()
             if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
@@ -146,9 +145,12 @@ class BestLossCheckpoint(ModelCheckpoint):
         """Let a record of another metric be forgotten, and the weights of a new one be kept."""
         if self.monitor in trainer.callback_metrics and self._record_of not in (None, self.monitor):
             self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
-        before, self._saving = self.best_model_score, True
+        before, held, self._saving = self.best_model_score, self._held, True
         try:
             yield
+        except BaseException:
+            self._held = held  # best.ckpt is the one before, too
+            raise
         finally:
             self._saving = False
         if self.best_model_score is not before:

@@ -38,7 +38,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._saved_at = time.monotonic() - MIN_SECONDS
-        self._saved_step = self._ended_step = -1
+        self._saved_step = trainer.global_step or -1  # a resumed run that makes no step has nothing to save
+        self._ended_step = -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

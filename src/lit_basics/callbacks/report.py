@@ -49,6 +49,11 @@ class LossReport(pl.Callback):
         me, known = weakref.proxy(self), weakref.proxy(trainer)
         self._recorder.listeners["loss report " + self.key] = lambda step, row: me._add(known, step, row)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen no longer."""
+        if self._recorder is not None:
+            self._recorder.listeners.pop("loss report " + self.key, None)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new report."""
         self._losses, self._first_step = [], trainer.global_step

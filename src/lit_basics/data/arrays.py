@@ -194,8 +194,15 @@ class ArrayDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the arrays, split off the validation images and move all to the accelerator if they fit."""
-        if self._arrays is not None:
-            return
+        if self._arrays is None:
+            self._arrays, self._train, self._val = self._split()
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if fits(self._arrays, device):
+            self._arrays = ImageArrays(*(array.to(device) for array in self._arrays))
+            self._train, self._val = self._train.to(device), self._val.to(device)
+
+    def _split(self) -> tuple[ImageArrays, Tensor, Tensor]:
+        """Return the arrays, and which of the training images are to train on and which to validate on."""
         arrays = self.load()
         size = len(arrays.x_train)
         val = int(self.val_size * size) if isinstance(self.val_size, float) else self.val_size
@@ -207,17 +214,13 @@ class ArrayDataModule(pl.LightningDataModule):
                 raise UserError(f"{name} is {value}; it must be less than the images' {side} pixels")
         # sorted: the split is random, the order within it is not its business
         shuffled = torch.randperm(size, generator=generator(self.seed, 0, 1)) if val else torch.arange(size)
-        self._val, self._train = shuffled[:val].sort().values, shuffled[val:].sort().values
+        held_out, train = shuffled[:val].sort().values, shuffled[val:].sort().values
         mean, std = self.mean, self.std
         if mean is None or std is None:
-            measured_mean, measured_std = channel_statistics(arrays.x_train, self._train)
+            measured_mean, measured_std = channel_statistics(arrays.x_train, train)
             mean, std = mean or measured_mean, std or measured_std
         self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        if fits(arrays, device):
-            arrays = ImageArrays(*(array.to(device) for array in arrays))
-            self._train, self._val = self._train.to(device), self._val.to(device)
-        self._arrays = arrays
+        return arrays, train, held_out
 
     def train_dataloader(self) -> ArrayLoader:
         """Return the shuffled, augmented training batches."""

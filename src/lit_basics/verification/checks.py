@@ -105,6 +105,8 @@ def verify(
             raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
     if steps < 2:
         raise UserError(f"--steps is {steps}; it must be at least 2")
+    if isinstance(train_dataloaders, pl.LightningDataModule):  # as Trainer.fit takes it
+        train_dataloaders, datamodule = None, train_dataloaders
     if isinstance(datamodule, ArrayDataModule):
         datamodule.prepare_data()
         datamodule.setup("fit")  # once, in memory that all runs share

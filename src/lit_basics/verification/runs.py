@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_basics.verification.plain_loop import plain_loop
@@ -113,13 +113,13 @@ class Subject:
             **others,
         }
         configured = self.model.configure_callbacks
-        self.model.configure_callbacks = lambda: without_checkpoints(configured())  # type: ignore[method-assign]
+        self.model.configure_callbacks = lambda: without_output(configured())  # type: ignore[method-assign]
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
     def callbacks(self) -> list[pl.Callback]:
-        """Return the user's callbacks, without those that write checkpoints to places of their own."""
-        return without_checkpoints(self.arguments.get("callbacks") or [])
+        """Return the user's callbacks, without those of :func:`without_output`."""
+        return without_output(self.arguments.get("callbacks") or [])
 
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
         """Train; from a checkpoint if there is one."""
@@ -241,7 +241,7 @@ class Subject:
             self.datamodule.batch_size = size * RANKS  # type: ignore[union-attr]
 
 
-def without_checkpoints(callbacks: Any) -> list[pl.Callback]:
-    """Return callbacks, one or several, without those that write checkpoints to places of their own."""
+def without_output(callbacks: Any) -> list[pl.Callback]:
+    """Return callbacks, one or several, without those that write checkpoints to places of their own, or draw bars."""
     several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-    return [callback for callback in several if not isinstance(callback, Checkpoint)]
+    return [callback for callback in several if not isinstance(callback, (Checkpoint, ProgressBar))]
