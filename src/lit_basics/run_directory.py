@@ -100,9 +100,9 @@ def held(directory: Path, patience: float = 0.0) -> Iterator[bool]:
             time.sleep(0.1)
             waited = True
         yield waited
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have it too
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may have the descriptor too
         os.close(descriptor)
 
 
