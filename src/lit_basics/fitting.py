@@ -160,12 +160,12 @@ def run_name(args: list[str]) -> str:
 
 def drop_repeated(config: Config, saved: dict[str, Any]) -> None:
     """Take out callbacks and loggers that ``+`` flags append as the saved ones: the command of the run, given again."""
+    trainer = config.to_dict()["trainer"]
     for key in ("callbacks", "logger"):
-        known, now = (values["trainer"].get(key) for values in (saved, config.to_dict()))
+        known, now = saved["trainer"].get(key), trainer.get(key)
         if isinstance(known, list) and isinstance(now, list) and now[: len(known)] == known:
             entries = enumerate(config.config.trainer[key])
-            kept = [entry for i, entry in entries if i < len(known) or now[i] not in known]
-            config.config.trainer[key] = kept
+            config.config.trainer[key] = [entry for i, entry in entries if i < len(known) or now[i] not in known]
 
 
 def typed_settings(args: list[str]) -> dict[str, Any]:

@@ -266,6 +266,48 @@ def test_training_loss_where_validations_every_second_epoch_are_switched_off(tmp
     assert (tmp_path / "best.pth").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_plain_weights_of_a_net_that_has_another_name_in_its_module(tmp_path):
+    class Named(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(2, 1)
+
+        @property
+        def net(self):
+            return self.model
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch).pow(2).mean()
+            self.log("train/loss", loss, on_step=False, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    module, batches = Named(), torch.utils.data.DataLoader(torch.ones(8, 2), 4)
+    trainer(BestLossCheckpoint(str(tmp_path)), max_epochs=1).fit(module, batches)
+    assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), module.model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_save_that_fails_leaves_the_plain_weights_of_the_one_before(tmp_path, monkeypatch):
+    best = BestLossCheckpoint(str(tmp_path))
+    module = LitBlitzNet(optimizer=lambda params: torch.optim.SGD(params, 0.01))
+    fitted = trainer(best, max_epochs=1)
+    fitted.fit(module, datamodule=data(val_size=16))
+    before = torch.load(tmp_path / "best.pth", weights_only=True)
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    fitted.fit_loop.max_epochs = 2
+    monkeypatch.setattr(fitted.strategy.checkpoint_io, "save_checkpoint", full)
+    with pytest.raises(OSError, match="no space left"):
+        fitted.fit(module, datamodule=data(val_size=16))
+    assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), before)
+
+
 @pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`")
 def test_the_plain_weights_are_the_averages_whose_loss_was_the_lowest(tmp_path):
     average = EMAWeightAveraging(decay=0.5)
