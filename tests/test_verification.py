@@ -10,6 +10,7 @@ import sys
 import time
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
@@ -23,6 +24,7 @@ from lightning.pytorch.demos.boring_classes import (
 )
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -429,6 +431,93 @@ def test_ranks_that_train_on_the_same_batches_fail():
     report = verify(Plain(samples=64), loader(shuffle=False), checks=["ddp"], **settings)
     assert outcomes(report) == {"ddp": "failed"}
     assert "both ranks train on the same batches: share the samples out by rank" in report["ddp"].text
+
+
+class FitOnly(pl.LightningDataModule):
+    """Prepares its validation with its training, as a ``fit`` asks for."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.train, self.val = loader(shuffle=True), loader(shuffle=False)
+
+    def train_dataloader(self):
+        return self.train
+
+    def val_dataloader(self):
+        return self.val
+
+
+class ReadsData(Plain):
+    """Asks for its DataModule, and changes the batches as they come."""
+
+    val_dataloader = None
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 3, batch[1]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.trainer.datamodule.factor
+
+
+def test_two_ranks_of_a_module_that_needs_its_datamodule_and_changes_its_batches():
+    """Without ``as_for_fit`` FitOnly has no ``val``, without the DataModule ``factor`` is asked of None, and with the
+    transfer hooks the batches of one process are three times as large again."""
+    report = verify(ReadsData(), datamodule=FitOnly(), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert "each of 48 validation samples counted once" in report["ddp"].text
+
+
+class Noisy(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((nn.functional.dropout(x, 0.5), y), batch_idx)
+
+
+def test_random_numbers_within_the_step_say_nothing_of_ranks():
+    """Without ``draws`` the loss is blamed."""
+    report = verify(Noisy(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "the step draws random numbers, which differ from rank to rank by intent" in report["ddp"].text
+
+
+class Unused(Plain):
+    def __init__(self):
+        super().__init__(samples=64)
+        self.unused = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp_spawn_find_unused_parameters_true", DDPStrategy(find_unused_parameters=True)]
+)
+def test_two_ranks_have_the_settings_of_the_strategy(strategy):
+    """As "ddp" they end in "parameters that were not used"; a "ddp_spawn" would start ranks of its own."""
+    report = verify(Unused(), loader(shuffle=True), checks=["ddp"], strategy=strategy, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+def test_a_batch_that_two_ranks_cannot_share_says_nothing_of_them():
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=5, shuffle=True)
+    report = verify(Plain(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "5" in report["ddp"].text
+
+
+class Augmented(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + np.random.randn(), y
+
+
+def test_workers_are_seeded_in_the_plain_loop_too(monkeypatch):
+    """Without ``seed_workers`` both workers draw the numbers that this process would."""
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    data = DataLoader(Augmented(*loader(shuffle=False).dataset.tensors), batch_size=8, num_workers=2)
+    report = verify(Plain(), data, checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
 def test_sigterm_leaves_no_folder_and_no_process(tmp_path):

@@ -2,15 +2,18 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -77,6 +80,7 @@ def plain_loop(
     module.configure_model()
     source = loaders if loaders is not None else (datamodule or module).train_dataloader()
     loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
+    seed_workers(loader)
     dtype = DTYPES.get(precision)
     module.to(dtype)
     module.trainer = Plan(epoch_length(loader, batches), accumulate, max_epochs, max_steps)  # type: ignore[assignment]
@@ -230,6 +234,13 @@ def counting(module: pl.LightningModule) -> dict[str, int]:
     properties = {name: property(lambda _, name=name: counters[name]) for name in counters}  # type: ignore[misc]
     module.__class__ = type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__})
     return counters
+
+
+def seed_workers(loader: CombinedLoader) -> None:
+    """Seed the loaders' workers as the Trainer does after ``seed_everything(workers=True)``."""
+    for one in loader.flattened:
+        if os.environ.get("PL_SEED_WORKERS", "0") == "1" and getattr(one, "worker_init_fn", "none") is None:
+            one.worker_init_fn = partial(pl_worker_init_function, rank=0)
 
 
 def set_epoch(loader: CombinedLoader, epoch: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lit_basics.verification.tracing import State, digest, finite, training_state
+from lit_basics.verification.tracing import State, digest, finite, random_digest, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -49,6 +49,8 @@ class Recorded:
     """Parameters and buffers after each step."""
     diverged: int = 0
     """The first step after which a trained parameter was not finite, or 0."""
+    draws: bool = False
+    """Whether random numbers are drawn between a batch's start and its end."""
 
 
 class Recorder(pl.Callback):
@@ -56,6 +58,7 @@ class Recorder(pl.Callback):
 
     def __init__(self) -> None:
         self.recorded = Recorded()
+        self._random = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights; hold batch-norm and dropout still: they differ from rank to rank by intent."""
@@ -75,11 +78,13 @@ class Recorder(pl.Callback):
         """Keep the batch."""
         kept = apply_to_collection(batch, Tensor, lambda value: value.detach().clone())
         self.recorded.epochs[-1].append(kept)
+        self._random = random_digest()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the state, if a step was made."""
+        """Keep the state, if a step was made, and note whether random numbers were drawn."""
+        self.recorded.draws |= random_digest() != self._random
         if trainer.global_step > len(self.recorded.states):
             self.recorded.states.append(training_state(pl_module, []))
             if not (self.recorded.diverged or finite(pl_module)):

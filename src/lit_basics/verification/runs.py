@@ -1,15 +1,18 @@
 """The training that is verified, and each kind of run of it."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from lit_basics.verification.plain_loop import plain_loop
 from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
@@ -211,9 +214,7 @@ class Subject:
     def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
         """Train as one of two ranks; every step's batches and weights."""
         recorder = Recorder()
-        strategy = self.arguments.get("strategy")
-        ddp = strategy if isinstance(strategy, str) and strategy.startswith("ddp") else "ddp"
-        trainer = self.short_trainer(folder, recorder, precision, devices=RANKS, strategy=ddp)
+        trainer = self.short_trainer(folder, recorder, precision, devices=RANKS, strategy=self.ddp_strategy())
         self.double_odd_batches()
         self.fit(trainer)
         return recorder.recorded
@@ -222,23 +223,50 @@ class Subject:
         """Train in one process on given batches."""
         recorder = Recorder()
         trainer = self.short_trainer(folder, recorder, precision)
-        trainer.fit(self.model, Replay(epochs))
+        for owner in self.owners():  # the batches have been through these hooks
+            for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+                setattr(owner, name, lambda batch, dataloader_idx: batch)
+        if self.datamodule is None or self.train_dataloaders is not None:
+            trainer.fit(self.model, Replay(epochs))
+        else:  # with it, for what asks the Trainer for its DataModule
+            self.datamodule.train_dataloader = lambda: Replay(epochs)  # type: ignore[method-assign]
+            trainer.fit(self.model, datamodule=self.datamodule)
         return recorder.recorded
 
     def validate(self, report: Report, folder: Path, ranks: int) -> tuple[Counter[str], dict[str, float]]:
-        """Validate the untrained module; the samples and the metrics of this rank."""
+        """Validate the untrained module as within ``fit``; the samples and the metrics of this rank."""
         seen = Samples()
-        several = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+        several = {"devices": ranks, "strategy": self.ddp_strategy()} if ranks > 1 else {}
         trainer = self.trainer(folder, RANK_STEPS, [seen], limit_val_batches=1.0, **several)
         self.double_odd_batches()
+        for owner in self.owners():
+            owner.setup = partial(as_for_fit, owner.setup)  # type: ignore[method-assign]
         trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
         return seen.seen, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def owners(self) -> list[pl.LightningModule | pl.LightningDataModule]:
+        """Return the module, and the DataModule if there is one."""
+        return [self.model, *([] if self.datamodule is None else [self.datamodule])]
+
+    def ddp_strategy(self) -> str | DDPStrategy:
+        """Return DistributedDataParallel with the user's settings of it, for processes that are there already."""
+        strategy = self.arguments.get("strategy")
+        if type(strategy) is DDPStrategy:
+            return strategy
+        if isinstance(strategy, str) and strategy.startswith("ddp"):
+            return re.sub("_(spawn|fork|notebook)", "", strategy)
+        return "ddp"
 
     def double_odd_batches(self) -> None:
         """Double a DataModule's batch size that two ranks could not share."""
         size = getattr(self.datamodule, "batch_size", None)
         if isinstance(size, int) and size % RANKS:
             self.datamodule.batch_size = size * RANKS  # type: ignore[union-attr]
+
+
+def as_for_fit(setup: Callable[..., None], stage: str) -> None:
+    """Call ``setup`` as a fit does, whose validation a DataModule may prepare in that stage only."""
+    setup("fit")
 
 
 def without_output(callbacks: Any) -> list[pl.Callback]:
