@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 import threading
 import time
@@ -170,16 +171,32 @@ def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
     io, path = saved(tmp_path, 1, 2, asynchronous=True)
     assert io.load_checkpoint(path)["step"] == 2  # waits for the write
 
-    def full(descriptor):
+    def full_once(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full_once)
     io.save_checkpoint(checkpoint(3), path)
     with pytest.raises(OSError, match="No space"):
         io.save_checkpoint(checkpoint(4), path)
-    monkeypatch.setattr(os, "fsync", real)
     io.teardown()
-    assert io.load_checkpoint(path)["step"] == 2
+    assert io.load_checkpoint(path)["step"] == 4
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_held_is_written_though_another_cannot_be(asynchronous, tmp_path):
+    """One after the other, the newest first, none is written after the one that fails."""
+    io = DurableCheckpointIO(min_seconds=60, asynchronous=asynchronous)
+    places = [tmp_path / name / "a.ckpt" for name in ("one", "gone", "two")]
+    for value in (1, 2):
+        for path in places:
+            io.save_checkpoint(checkpoint(value), path)
+    io._finish_write()
+    shutil.rmtree(tmp_path / "gone")
+    (tmp_path / "gone").write_text("a file")
+    with pytest.raises(OSError, match="gone"):
+        io.teardown()
+    assert [io.load_checkpoint(path)["step"] for path in (places[0], places[2])] == [2, 2]
 
 
 def fail_last_rename(monkeypatch, target):

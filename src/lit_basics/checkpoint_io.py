@@ -1,5 +1,6 @@
 """Checkpoints that survive a crash while they are written, and damage afterwards."""
 
+import contextlib
 import copy
 import functools
 import glob
@@ -85,8 +86,10 @@ class DurableCheckpointIO(CheckpointIO):
         if self._pool is None:
             write_state(path, state)
             return
-        self._finish_write()
-        self._in_flight = self._pool.submit(write_state, path, state)
+        try:
+            self._finish_write()
+        finally:  # the newest state is written though the one before it was not
+            self._in_flight = self._pool.submit(write_state, path, state)
 
     def _finish_write(self) -> None:
         if self._in_flight is not None:
@@ -94,10 +97,11 @@ class DurableCheckpointIO(CheckpointIO):
             future.result()
 
     def flush(self) -> None:
-        """Write what is held and wait until all is on the disk."""
-        while self._held:
-            self._write(*self._held.popitem())
-        self._finish_write()
+        """Write what is held, each though another cannot be, and wait until all is on the disk."""
+        with contextlib.ExitStack() as all_of_it:
+            all_of_it.callback(self._finish_write)
+            while self._held:
+                all_of_it.callback(self._write, *self._held.popitem())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
