@@ -22,6 +22,18 @@ def test_normalized_values_equal_torchvisions_bit_for_bit(mean, std):
     assert torch.equal(Normalize(mean, std, 3)(IMAGES), torch.stack(expected))
 
 
+@pytest.mark.parametrize("count", [0, 1, 64, 150])
+def test_a_batch_of_any_size_is_normalized_as_its_images_are(count):
+    """It is worked on in parts."""
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8)
+    normalize = Normalize([0.49, 0.48, 0.45], [0.25, 0.24, 0.26], 3)
+    one_by_one = [normalize(image[None]) for image in images] or [torch.empty(0, 3, 8, 8)]
+    assert torch.equal(normalize(images), torch.cat(one_by_one))
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(normalize(channels_last), normalize(images))
+    assert normalize(channels_last).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_every_grey_level_equals_torchvisions():
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     theirs = transforms.Normalize([0.3], [0.7])(transforms.ToTensor()(Image.fromarray(grey[0, 0].numpy())))
