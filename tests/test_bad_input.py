@@ -444,10 +444,12 @@ def test_a_package_that_a_callback_lacks(refused, mine):
     refused([*QUICK, *SMALL, "--trainer.callbacks+=LearningRateFinder"], "'lr', 'learning_rate'")
 
 
-def test_an_error_without_a_message_is_named_by_its_kind(refused, mine):
-    name = mine("class Full:\n    def __call__(self, images):\n        raise MemoryError\n")
-    transform = ["--data.transform", f"{name}.Full"]
-    refused([*QUICK, *SMALL, *transform], "LitLeNet5 cannot train on this data: MemoryError")
+def test_an_error_in_the_users_own_code_keeps_its_traceback(mine):
+    """Without ``own_frames`` LitLeNet5 "cannot train on this data", and no line is named."""
+    name = mine("class Broken:\n    def __call__(self, images):\n        return images + None\n")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        main([*QUICK, *SMALL, "--data.transform", f"{name}.Broken"])
+    assert not Path("runs").exists()
 
 
 # runs and checkpoints
@@ -542,6 +544,20 @@ def test_nothing_to_validate_on(refused, trained):
     checkpoint = trained / "checkpoints" / "best.ckpt"
     words = ["validate", "--config", "quickstart", *SMALL, "--data.val_size", "0"]
     refused([*words, "--ckpt_path", checkpoint], "nothing to validate on")
+
+
+def test_a_checkpoint_of_a_run_that_is_done(refused, trained):
+    """Without ``has_trained`` an empty directory is made, and the exit code is 0."""
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    refused([*QUICK, *SMALL, "--ckpt_path", checkpoint], "stands at step 2, where this run would end", "max_epochs")
+
+
+@pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--run_dir", ""]])
+def test_a_variable_of_the_shell_that_is_not_set(refused, trained, words):
+    """Without the refusal ``--resume ""`` starts afresh in a directory that holds a run."""
+    before = snapshot(trained)
+    refused([*QUICK, *SMALL, "--run_dir", trained, *words], f"{words[0].rstrip('=')} needs a value")
+    assert snapshot(trained) == before
 
 
 def test_nothing_to_predict(refused, trained):

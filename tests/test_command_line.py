@@ -94,6 +94,40 @@ def test_a_new_optimizer_starts_from_its_own_defaults(tmp_path):
     assert arguments["lr"] == 0.03
 
 
+def test_print_config_prints_what_a_run_has(tmp_path, capsys):
+    """Printed before ``reset_unwritten`` AdamW has SGD's weight_decay."""
+    words = [*SMALL, "--model.optimizer", "AdamW"]
+    saved = (fit(*words) / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main(["fit", *words, "--trainer.enable_progress_bar", "false", "--print_config"]) == 0
+    assert capsys.readouterr().out == saved
+    assert files(tmp_path / "runs") == []
+
+
+def test_what_is_null_stays_null(tmp_path, capsys):
+    """Without null in config.yaml each resume has the default in its place: here one that Lightning refuses."""
+    run = fit(*SMALL, "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "9")
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["check_val_every_n_epoch"] is None
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0
+    scheduler = ["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "1"]
+    run = fit(*SMALL, *scheduler, run_dir="other")
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--model.lr_scheduler", "null"]) == 2
+    assert "--model.lr_scheduler None: the run to resume has torch.optim.lr_scheduler.StepLR" in capsys.readouterr().err
+
+
+def test_an_overlay_beside_a_run(tmp_path, capsys):
+    """Parsed without the run's own config.yaml an overlay has no model, so that it is not told of, or not taken."""
+    (tmp_path / "longer.yaml").write_text("trainer: {max_epochs: 7}\n")
+    run = fit(*SMALL)
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--config", "longer.yaml"]) == 0
+    assert "what --config names has another trainer.max_epochs\n" in capsys.readouterr().out
+    (tmp_path / "fewer.yaml").write_text("trainer: {limit_test_batches: 1}\n")
+    assert main(["test", "--run_dir", str(run), "--config", "fewer.yaml"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+
+
 def test_two_reports_of_the_loss(tmp_path):
     reports = [{"class_path": "LossReport", "init_args": {"every_n_steps": n}} for n in (2, 3)]
     run = fit(*SMALL, "--trainer.callbacks", json.dumps(reports))
@@ -306,6 +340,49 @@ def test_files_named_in_a_config_count_as_written(tmp_path):
     assert config["data"]["init_args"]["train_images"] == 50
     optimizer = config["model"]["init_args"]["optimizer"]["init_args"]
     assert (optimizer["lr"], optimizer["momentum"]) == (0.5, 0.7)
+
+
+OWN = """
+from lightning.pytorch.loggers.logger import DummyLogger
+from lit_basics import LitLeNet5, SyntheticCIFAR10
+
+class Data(SyntheticCIFAR10):
+    def __init__(self, annotations: str, **kwargs):
+        super().__init__(**kwargs)
+        self.annotations = annotations
+
+class Silent(LitLeNet5):
+    def test_step(self, batch, batch_idx):
+        pass
+
+class Words(DummyLogger):
+    def __init__(self, prefix: str = "x"):
+        super().__init__()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_in_a_test.py").write_text(OWN)
+    yield "own_in_a_test"
+    sys.modules.pop("own_in_a_test", None)
+
+
+def test_a_data_file_named_as_text_is_not_read(own, tmp_path):
+    """Read as YAML, tabs are an error, and so are many values."""
+    (tmp_path / "train.json").write_text('{\n\t"images": [' + ", ".join(map(str, range(10_001))) + "]}\n")
+    words = ["--model", "LitLeNet5", "--data", f"{own}.Data", "--data.annotations"]
+    assert Config([*words, "train.json"]).to_dict()["data"]["init_args"]["annotations"] == "train.json"
+
+
+def test_a_logger_without_a_folder_and_a_test_that_logs_nothing(own, capsys):
+    """With ``save_dir`` the logger cannot be made; without metrics the data was said to have no images."""
+    run = fit(*SMALL, "--model", f"{own}.Silent", "--trainer.logger", f"{own}.Words")
+    capsys.readouterr()
+    assert main(["test", "--run_dir", str(run)]) == 0
+    assert capsys.readouterr().out == "Silent logs no metric\n"
 
 
 def test_the_directory_of_a_run_is_typed(tmp_path, capsys):

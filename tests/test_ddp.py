@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import metrics, write_npz
 
 FIT = [sys.executable, "-m", "lit_basics", "fit"]
@@ -62,10 +63,12 @@ def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun"), "--config", "ddp"])
+    run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun")])
     for name, value in final_weights(tmp_path / "launcher").items():
         assert torch.equal(final_weights(tmp_path / "torchrun")[name], value), name
     assert metrics(tmp_path / "launcher") == metrics(tmp_path / "torchrun")
+    trainer = yaml.safe_load((tmp_path / "torchrun" / "config.yaml").read_text())["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == ("auto", 1), "a test elsewhere waits for no other process"
 
 
 SPAWN = """
@@ -158,6 +161,31 @@ def test_only_rank_0_writes(tmp_path):
     assert done.stdout.count("run directory: ") == 1
     names = {p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in (".sha256", ".previous")}
     assert names == {"images.npz", "best.ckpt", "best.pth", "config.yaml", "last.ckpt", "metrics.csv"}
+
+
+SAVES_OFTEN = """
+import lightning.pytorch as pl
+from lit_basics.callbacks import last
+
+last.MAX_SECONDS = 0
+
+class Tells(pl.Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if trainer.is_global_zero:
+            print("saved after batch", trainer.fit_loop.batch_idx + 1)
+"""
+
+
+def test_a_long_epoch_is_saved_within_where_gradients_are_accumulated(tmp_path, monkeypatch):
+    """Asked every 50 batches from the first on, the ranks are never at a step's end."""
+    (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
+    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    path = write_npz(tmp_path / "images.npz", train=1300)
+    more = ["--trainer.accumulate_grad_batches", "2", "--data.val_size", "0", "--trainer.max_epochs", "1"]
+    done = run(
+        [*FIT, *words(path, tmp_path / "run"), *more, "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
+    )
+    assert "saved after batch 100\n" in done.stdout
 
 
 LOGS_ITSELF = """

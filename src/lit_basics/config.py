@@ -42,6 +42,7 @@ RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
 MANY_VALUES = 10_000
 MAX_DEPTH = 50
 """How large a config may be, its aliases written out."""
+PRINT = "--print_config"
 UNSERIALIZABLE = "Unable to serialize instance"
 """How jsonargparse dumps what it cannot, such as a ``torch.device``."""
 
@@ -97,7 +98,8 @@ class Config(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the words; everything wrong with them becomes a short message."""
-        args = named_configs(args)
+        printed = PRINT in args  # jsonargparse would print what is not complete yet
+        args = [word for word in named_configs(args) if word != PRINT]
         try:
             with import_policy(self._allowed):
                 self.config = parser.parse_args(args)
@@ -111,11 +113,13 @@ class Config(LightningCLI):
             if not isinstance(seed, bool) and not 0 <= seed < 2**32:
                 raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
             check_trainer(self.config.trainer)
-            use_torchruns_processes(self.config.trainer)
             for key, value in self.config.items():
                 if isinstance(value, float) and math.isnan(value):
                     raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
-            reset_unwritten(self.config, written_keys(args), {})
+            reset_unwritten(self.config, written_keys(args, self.config), {})
+            if printed:
+                print(self.to_yaml(), end="")
+                raise SystemExit(0)
         except UserError:
             raise
         except RecursionError as error:
@@ -138,7 +142,7 @@ class Config(LightningCLI):
             if not isinstance(logger, jsonargparse.Namespace) or "init_args" not in logger:
                 continue
             arguments = logger.init_args
-            if arguments.get("save_dir") in (None, "."):
+            if "save_dir" in arguments and arguments.save_dir in (None, "."):
                 arguments.save_dir = str(directory)
             is_online_wandb = logger.class_path.endswith(".WandbLogger") and not arguments.offline
             if is_online_wandb and is_installed("wandb") and not wandb_can_log_in():
@@ -154,6 +158,7 @@ class Config(LightningCLI):
         try:
             with import_policy(self._allowed):
                 resolved = self.resolved.clone()
+                use_torchruns_processes(resolved.trainer)
                 resolved.trainer.logger = without_missing(resolved.trainer.logger)
                 objects = self.parser.instantiate(resolved)
         except (TypeError, ValueError, AttributeError, ImportError) as error:
@@ -174,7 +179,7 @@ class Config(LightningCLI):
         _unwrap_strings(config)
         with import_policy(self._allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", rf"\s*{UNSERIALIZABLE}")
-            text = str(self.parser.dump(config))
+            text = str(self.parser.dump(config, skip_unset=False))  # null may not be the default
         if UNSERIALIZABLE in text:
             text = yaml.safe_dump(_serialized(yaml.safe_load(text), config), sort_keys=False)
         return text
@@ -214,15 +219,29 @@ def _serialized(content: Any, values: Any) -> Any:
     return kept
 
 
-def written_keys(args: list[str]) -> set[str]:
-    """Return the dotted keys that a config file or a typed option gives, without ``init_args``."""
+def written_keys(args: list[str], config: jsonargparse.Namespace) -> set[str]:
+    """Return the dotted keys that a config file or a typed option gives, without ``init_args``.
+
+    Args:
+        args: The words of the command line.
+        config: What they were parsed to.
+    """
     keys: set[str] = set()
+
+    def is_text(parts: list[str]) -> bool:
+        value: Any = config
+        for part in parts:
+            if isinstance(value, jsonargparse.Namespace) and part not in vars(value):
+                value = value.get("init_args")
+            value = value.get(part) if isinstance(value, (jsonargparse.Namespace, dict)) else None
+        return isinstance(value, (str, os.PathLike))
 
     def walk(value: Any, parts: list[str], folder: Path) -> None:
         parts = [part for part in parts if part not in ("init_args", "dict_kwargs", "")]
         keys.add(".".join(parts))
         if isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")) and (folder / value).is_file():
-            walk_file(folder / value, parts)  # a file in the place of a class or of arguments, as jsonargparse has it
+            if not is_text(parts):  # a file in the place of a class or of arguments, as jsonargparse has it
+                walk_file(folder / value, parts)
         elif isinstance(value, dict):
             for name, inner in value.items():
                 walk(inner, [*parts, *str(name).rstrip("+").split(".")], folder)

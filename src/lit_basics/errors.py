@@ -65,10 +65,15 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an exception's traceback that are of the user's own code, the innermost last."""
+    libraries = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not any(library in frame.filename for library in libraries)]
+
+
 def where(error: BaseException) -> str:
     """Return an exception's kind, the innermost line of the user's own code it came from, and its message."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
-    own = [frame for frame in frames if not any(library in frame.filename for library in libraries)]
+    frames, own = traceback.extract_tb(error.__traceback__), own_frames(error)
     place = f" at {Path((own or frames)[-1].filename).name}:{(own or frames)[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{place}: {first_line(error) if str(error) else 'no message'}"

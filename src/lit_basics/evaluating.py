@@ -19,11 +19,12 @@ from lit_basics.words import config_names, option, path_option
 def evaluate(command: str, args: list[str]) -> None:
     """Validate, test or predict with a checkpoint, by default the best of the run in ``--run_dir``."""
     directory = path_option(args, "--run_dir")
-    if directory is not None and not config_names(args) and option(args, "--model") is None:
+    if directory is not None and option(args, "--model") is None:
         saved = Path(directory) / "config.yaml"
-        if not saved.is_file():
+        if saved.is_file():
+            args = ["--config", str(saved), *args]
+        elif not config_names(args):
             raise UserError(f"--run_dir {directory}: there is no run here (no config.yaml)")
-        args = ["--config", str(saved), *args]
     config = Config(args)
     path = checkpoint_path(config.config.ckpt_path, directory)
     config.config.trainer.logger = False  # not even made: its package may be missing here
@@ -53,8 +54,11 @@ def evaluate(command: str, args: list[str]) -> None:
             raise
         raise of_another_model(path, config.model, error) from error
     if trainer.is_global_zero:
+        batches = trainer.num_val_batches if command == "validate" else trainer.num_test_batches
+        if not any(batches):
+            raise UserError(f"there is nothing to {command} on: the data has no {command} batches")
         if not trainer.callback_metrics:
-            raise UserError(f"there is nothing to {command} on: the data has no {command} images")
+            print(f"{type(config.model).__name__} logs no metric")
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name} {value:.6g}")
 
@@ -64,7 +68,7 @@ def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, An
         raise UserError("predict runs in one process: --trainer.devices 1")
     batches: list[Any] = trainer.predict(model, **known) or []
     if not batches:
-        raise UserError("there is nothing to predict: the data has no test images")
+        raise UserError("there is nothing to predict: the data has no batches")
     other = next((batch for batch in batches if not isinstance(batch, torch.Tensor)), None)
     if other is not None:
         kind = type(other).__name__

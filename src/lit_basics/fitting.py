@@ -23,7 +23,7 @@ from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import is_restoring, load_weights
 from lit_basics.config import Config, as_list, with_durable_checkpoints, with_progress_bar
-from lit_basics.errors import UserError, first_line, shortened
+from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
@@ -63,6 +63,12 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
+        if ckpt_path and not config.resumed and not has_trained(trainer):
+            remove_traces(made)
+            raise UserError(
+                f"{ckpt_path} stands at step {trainer.global_step}, where this run would end: --trainer.max_epochs "
+                "makes it longer"
+            )
     except Preempted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
         saved = (directory / "checkpoints" / "last.ckpt").exists()
@@ -88,7 +94,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         if not config.resumed and not begun:
             remove_traces(made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
-            if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError):
+            if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError) and not own_frames(error):
                 reason = shortened(first_line(error))
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
@@ -103,11 +109,16 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
 
 def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
     """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
-    if trainer is None or any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks):  # type: ignore[attr-defined]
+    if trainer is None or has_trained(trainer):
         return False
     ours = Path(__file__).parent  # our callbacks give states back when training starts
     frames = traceback.extract_tb(error.__traceback__)
     return is_restoring(error) or any(f.name == "on_train_start" and ours in Path(f.filename).parents for f in frames)
+
+
+def has_trained(trainer: pl.Trainer) -> bool:
+    """Return whether a training has begun, and not only its Trainer been made."""
+    return any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _after_non_finite(directory: Path) -> str:
@@ -138,8 +149,10 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
     else:
         (directory, checkpoint), made = found, []
         check_writable(directory)
-        typed = typed_settings(args)  # before the run's own, which seeds the process
-        config = Config(["--config", str(directory / "config.yaml"), *without_configs(args)])
+        own = ["--config", str(directory / "config.yaml")]
+        # before the run's own, which seeds the process
+        typed = typed_settings([*own, *args]) if config_names(args) else {}
+        config = Config([*own, *without_configs(args)])
         saved = yaml.safe_load((directory / "config.yaml").read_text())
         drop_repeated(config, saved)
         now = config.to_dict()
@@ -169,9 +182,9 @@ def drop_repeated(config: Config, saved: dict[str, Any]) -> None:
 
 
 def typed_settings(args: list[str]) -> dict[str, Any]:
-    """Return all settings that a new run of this command would have, by dotted keys, if a ``--config`` was typed."""
+    """Return all settings that a run of this command would have, by dotted keys; none if they cannot be read."""
     try:
-        return flat(Config(args).to_dict()) if config_names(args) else {}
+        return flat(Config(args).to_dict())
     except UserError:  # the file may have gone
         return {}
 

@@ -119,6 +119,8 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
                 "weights and the optimizer and begin the data anew"
             )
         rank_zero_only(print)(f"resuming with {short} {value} (was {old})")
+    if reset and any(key.startswith("model.") and not key.startswith((OPTIMIZER, *CHANGEABLE)) for key in changes):
+        rank_zero_only(print)("the optimizer keeps the arguments that the checkpoint has, its learning rate too")
     return arguments
 
 

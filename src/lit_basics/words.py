@@ -23,8 +23,14 @@ def option(args: list[str], name: str) -> str | None:
 
 
 def path_option(args: list[str], name: str) -> str | None:
-    """Return a typed path, its ``~`` expanded: shells leave that of ``--name=~/path`` as it is."""
+    """Return a typed path, its ``~`` expanded: shells leave that of ``--name=~/path`` as it is.
+
+    Raises:
+        UserError: If it is empty, as a shell's variable that is not set.
+    """
     value = option(args, name)
+    if value == "":
+        raise UserError(f"{name} needs a value")
     return value and os.path.expanduser(value)
 
 

@@ -49,8 +49,9 @@ class LastCheckpoint(Checkpoint):
         if ends_after_batch(trainer) and at_step_boundary(trainer, halfway=True):
             self._save_end(trainer)
             return
-        # ranks must agree, which costs a message: they ask every 50 batches
-        asked = batch_idx % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
+        # ranks must agree, which costs a message: they ask every 50 steps
+        steps = (batch_idx + 1) // trainer.accumulate_grad_batches
+        asked = steps % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
         if asked and at_step_boundary(trainer):
             self._save_if_older(trainer, MAX_SECONDS)
 
