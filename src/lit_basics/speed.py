@@ -112,7 +112,7 @@ class LitSpeedNet(LitWhitened):
         self,
         num_classes: int = 10,
         widths: tuple[int, int, int] = (64, 256, 256),
-        resolutions: Sequence[int] = (24, 24, 28, 28, 32),
+        resolutions: Sequence[int] = (24, 24, 24, 28, 28, 28, 32),
         label_smoothing: float = 0.2,
         *,
         optimizer: OptimizerCallable = SpeedOptimizer,
