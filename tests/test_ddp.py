@@ -188,6 +188,31 @@ def test_a_long_epoch_is_saved_within_where_gradients_are_accumulated(tmp_path, 
     assert "saved after batch 100\n" in done.stdout
 
 
+UNDEFINED_ON_ONE = """
+import sys, lightning.pytorch as pl, torch
+from lit_basics import BestLossCheckpoint, LitLeNet5, SyntheticCIFAR10
+
+class Undefined(LitLeNet5):
+    def validation_step(self, batch, batch_idx):
+        self.log("mine", torch.tensor(float("nan" if self.global_rank else 1.0)))
+
+if __name__ == "__main__":
+    data = SyntheticCIFAR10(train_images=60, test_images=10, batch_size=10, val_size=20)
+    best = BestLossCheckpoint(sys.argv[1], monitor="mine")
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
+                         enable_progress_bar=False, callbacks=[best])
+    trainer.fit(Undefined(), data)
+    print("best", best.best_model_score)
+"""
+
+
+def test_a_monitor_that_is_undefined_on_one_rank_is_no_best(tmp_path):
+    """Asked on each rank alone, one waits for the other until the process group gives up."""
+    (tmp_path / "script.py").write_text(UNDEFINED_ON_ONE)
+    done = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "best")])
+    assert done.stdout.count("best None") == 2
+
+
 LOGS_ITSELF = """
 import torch
 import lightning.pytorch as pl

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from helpers import Rows, fit, metrics
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
@@ -95,6 +96,135 @@ def test_clipping_of_the_users_works_in_manual_mode():
 
     trainer().fit(Own(small_net(), automatic_optimization=False), data())
     assert Own.calls == 8
+
+
+MODES = {"automatic": {}, "manual": {"automatic_optimization": False}, "three steps": {"steps_per_execution": 3}}
+
+
+def test_gradients_are_clipped_after_the_modules_own_hook():
+    """Clipped by a callback, before it, they are ten times as large in manual optimization."""
+
+    class Tenfold(LitClassifier):
+        def on_before_optimizer_step(self, optimizer):
+            self.net[1].weight.grad *= 10
+
+    weights = []
+    for mode in MODES.values():
+        model = Tenfold(small_net(), **mode)
+        fitted = trainer(gradient_clip_val=0.5)
+        fitted.fit(model, data())
+        fitted.fit(model, data())  # nothing of it is left
+        weights.append(model.net[1].weight)
+        assert "on_before_optimizer_step" not in vars(model)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_validation_start"])
+def test_a_look_at_the_training_loader_trains_nothing(hook):
+    """Without ``is_lightnings_own`` the look makes two steps, or calls backward in a validation."""
+
+    class Looks(pl.Callback):
+        pass
+
+    def look(self, trainer, pl_module):
+        if trainer.training or not trainer.sanity_checking:
+            assert len(list(trainer.train_dataloader)) == 4
+
+    setattr(Looks, hook, look)
+    weights, steps = [], []
+    for mode in MODES.values():
+        model = LitClassifier(small_net(), **mode)
+        fitted = trainer(callbacks=[Looks()], val_check_interval=2)
+        fitted.fit(model, data())
+        weights.append(model.net[1].weight)
+        steps.append(fitted.global_step)
+    assert steps == [8, 8, 8]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+class Recording(LitClassifier):
+    """Validates by the loss that it trains by, which records."""
+
+    def compute_loss(self, batch, batch_idx):
+        self.record("train/mine", torch.tensor(float(self.training)))
+        return super().compute_loss(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.compute_loss(batch, batch_idx))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_recorded_in_a_validation_is_not_of_the_training(mode):
+    """Averaged with the next batch's it is a half."""
+    rows = Rows()
+    fitted = trainer(val_check_interval=2, logger=rows, log_every_n_steps=1)
+    fitted.fit(Recording(small_net(), **MODES[mode]), data())
+    assert [row["train/mine"] for row in rows.table().values() if "train/mine" in row] == [1.0] * 8
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_validation_before_the_fit(foreign):
+    """Reset in inference mode, a mean or the recorder's rows could not be written to in the fit."""
+
+    class Foreign(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    model, rows = Foreign() if foreign else LitClassifier(small_net()), Rows()
+    fitted = trainer(callbacks=[GradientMonitor()], logger=rows, log_every_n_steps=1, num_sanity_val_steps=0)
+    fitted.validate(model, datamodule=data(), verbose=False)
+    fitted.fit(model, datamodule=data())
+    assert all("grad/norm" in rows.table()[step] for step in range(1, 9))
+
+
+@pytest.mark.filterwarnings("ignore:Precision 16-mixed|.*mixed precision")
+def test_a_mean_of_many_batches_in_bfloat16():
+    """Counted in bfloat16 it stays at 256 samples."""
+    images = SyntheticCIFAR10(1010, 20, batch_size=1, val_size=1000)
+    model, fitted = LitClassifier(small_net()), trainer(precision="bf16-true")
+    (metrics,) = fitted.validate(model, datamodule=images, verbose=False)
+    with torch.no_grad():
+        batches = images.val_dataloader()
+        losses = [model.criterion(model(x.bfloat16()), y).double() for x, y in batches]
+    assert metrics["val/loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*barebones|.*in `Trainer.barebones")
+def test_a_barebones_trainer_trains():
+    """Without ``NEVER`` its ``log_every_n_steps`` of 0 is divided by."""
+    fitted = pl.Trainer(barebones=True, max_epochs=2, accelerator="cpu")
+    fitted.fit(LitClassifier(small_net()), data())
+    assert fitted.global_step == 8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_lightnings_monitor_of_learning_rates_sees_each_step(mode):
+    """Without the interval in manual optimization it sees one an epoch."""
+    scheduler = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1), "lr_interval": "step"}
+    rows, model = Rows(), LitClassifier(small_net(), **scheduler, **MODES[mode])
+    trainer(logger=rows, log_every_n_steps=1, callbacks=[LearningRateMonitor()]).fit(model, data())
+    assert len([row for _, row in rows.rows if "lr-SGD" in row or "lr-LeanSGD" in row]) == 8
+
+
+def test_a_checkpoint_by_time_that_lightning_never_saves_is_refused(tmp_path):
+    by_time = {"callbacks": [ModelCheckpoint(tmp_path, train_time_interval=timedelta(seconds=1))]}
+    for mode in ("manual", "three steps"):
+        fitted = trainer(**by_time, enable_checkpointing=True)
+        with pytest.raises(UserError, match=r"train_time_interval=...\) saves nothing in manual optimization"):
+            fitted.fit(LitClassifier(small_net(), **MODES[mode]), data())
+    trainer(**by_time, enable_checkpointing=True).fit(LitClassifier(small_net()), data())
 
 
 def test_what_manual_mode_cannot_honour_is_refused():

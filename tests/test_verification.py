@@ -30,7 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_basics import (
+    ArrayLoader,
     DurableCheckpointIO,
+    EpochOrder,
     LitBlitzNet,
     LitClassifier,
     LitLeNet5,
@@ -469,6 +471,21 @@ def test_two_ranks_of_a_module_that_needs_its_datamodule_and_changes_its_batches
     report = verify(ReadsData(), datamodule=FitOnly(), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "passed"}, str(report)
     assert "each of 48 validation samples counted once" in report["ddp"].text
+
+
+@pytest.mark.parametrize("kind", ["arrays", "datasets"])
+def test_the_shorter_of_two_loaders_is_resumed_in_its_second_round(kind):
+    """Begun anew at Lightning's epoch it gives the batches of its first round again."""
+
+    def made(size, seed):
+        x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+        y = (x.sum(1) > 0).long()
+        if kind == "arrays":
+            return ArrayLoader(x, y, EpochOrder(size, 8, shuffle=True, seed=seed))
+        return ResumableDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, seed=seed)
+
+    report = verify(InContainer(), {"a": made(24, 1), "b": made(64, 2)}, checks=["resume"], steps=18, **EXACT)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
 
 
 class Noisy(Plain):

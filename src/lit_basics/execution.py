@@ -76,11 +76,18 @@ class StepsInBetween:
     def __iter__(self) -> Iterator[Any]:
         """Return the iterator over Lightning's batches."""
         # no generator itself: a DataLoader draws from the random state when its iterator is made
-        return self._batches(iter(self.loader))
+        iterator = self._batches(iter(self.loader), lambda: is_lightnings_own(self.module.trainer, iterator))
+        return iterator
 
-    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        step = Step(self.module)
+    def _batches(self, batches: Iterator[Any], trains: Callable[[], bool]) -> Iterator[Any]:
+        step = None
         for batch in batches:
+            if step is None:
+                if not trains():  # a callback's, or the module's, that looks at some batches
+                    yield batch
+                    yield from batches
+                    return
+                step = Step(self.module)
             if step.is_lightnings():
                 yield batch
             else:
@@ -240,6 +247,12 @@ class Counters:
     def mark_last_batch(self) -> None:
         """Let ``trainer.is_last_batch`` be true: Lightning has counted the batches that it handled alone."""
         self._batches.increment_by(0, is_last_batch=True)
+
+
+def is_lightnings_own(trainer: pl.Trainer, iterator: Iterator[Any]) -> bool:
+    """Return whether an iterator over the training loader is the one that Lightning trains by."""
+    combined: Any = trainer.fit_loop._combined_loader  # private names, as in Counters
+    return any(one is iterator for one in getattr(combined._iterator, "iterators", []))
 
 
 def carry_steps(checkpoint: dict[str, Any], module: LitSupervised) -> None:

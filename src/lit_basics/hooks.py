@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -21,7 +22,7 @@ from torchmetrics import Metric
 
 from lit_basics.errors import UserError
 from lit_basics.execution import carry_steps, check_one_loader, leave_alone, put_between
-from lit_basics.recording import recorder_of
+from lit_basics.recording import NEVER, recorder_of
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
@@ -68,6 +69,14 @@ class TrainingHooks(pl.Callback):
             skip_empty_hooks(callback)
         if stage != TrainerFn.FITTING:
             return
+        # Lightning's private name, of what its callback does in automatic optimization alone
+        if self._manual and any(getattr(c, "_train_time_interval", None) for c in trainer.checkpoint_callbacks):
+            raise UserError(
+                "ModelCheckpoint(train_time_interval=...) saves nothing in manual optimization, to which several steps "
+                "per execution belong: every_n_train_steps does, and LastCheckpoint every five minutes"
+            )
+        if self._manual and (trainer.gradient_clip_val or self._own_clipping):
+            vars(pl_module)["on_before_optimizer_step"] = partial(hook_and_clip, pl_module)
         if self.module.compile_net:
             mode = self.module.compile_net
             self.module.net.compile(mode=None if mode is True else mode)
@@ -114,17 +123,13 @@ class TrainingHooks(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Record the learning rate; in manual optimization clip, after callbacks have seen the gradients."""
+        """Record the learning rate."""
         step, every = trainer.global_step + 1, self.module.log_every_n_steps
         if step % every == 0:
             groups = optimizer.param_groups
             for index, group in enumerate(groups):
                 name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
                 recorder_of(trainer).put_host(step, name, float(group["lr"]), every=every)
-        if self._manual and (trainer.gradient_clip_val or self._own_clipping):
-            pl_module.configure_gradient_clipping(
-                optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
-            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -240,6 +245,7 @@ class TrainingHooks(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""
         leave_alone(trainer)
+        vars(self.module).pop("on_before_optimizer_step", None)
         for config, frequency in self._plateaus:
             config.frequency = frequency
 
@@ -254,13 +260,18 @@ class TrainingHooks(pl.Callback):
             self._settings = None
 
 
-NEVER = 2**62
-"""The frequency of a scheduler that Lightning is not to step."""
-
 BATCH_HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
     *("on_before_optimizer_step", "on_train_batch_end"),
 )
+
+
+def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:
+    """Call the module's ``on_before_optimizer_step``, then clip the gradients: as in automatic optimization."""
+    trainer = module.trainer
+    type(module).on_before_optimizer_step(module, optimizer)
+    algorithm = trainer.gradient_clip_algorithm or "norm"
+    module.configure_gradient_clipping(optimizer, trainer.gradient_clip_val, algorithm)
 
 
 def skip_empty_hooks(callback: pl.Callback) -> None:

@@ -21,7 +21,7 @@ from lit_basics.errors import UserError
 from lit_basics.execution import Counters, only_optimizer, step_schedulers
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
-from lit_basics.recording import recorder_of
+from lit_basics.recording import NEVER, recorder_of
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """Modes of torch.compile."""
@@ -145,11 +145,11 @@ class LitSupervised(pl.LightningModule):
         if self._lr_scheduler is None:
             return optimizer
         try:
-            scheduler: dict[str, Any] = {"scheduler": self._lr_scheduler(optimizer)}
+            scheduler: dict[str, Any] = {"scheduler": self._lr_scheduler(optimizer), "interval": self.lr_interval}
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"lr_scheduler cannot be made: {error}") from error
-        if self.automatic_optimization:  # in manual optimization Lightning ignores these, with a warning
-            scheduler |= {"interval": self.lr_interval, "monitor": self.lr_monitor}
+        if self.automatic_optimization:  # in manual optimization Lightning ignores it, with a warning
+            scheduler["monitor"] = self.lr_monitor
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def trained_parameters(self) -> Any:
@@ -159,16 +159,16 @@ class LitSupervised(pl.LightningModule):
     def record(self, name: str, value: Tensor) -> None:
         """Log a scalar of this training step without a host sync; ``<name>_epoch`` gets its mean.
 
-        To be called once a step, from ``compute_loss`` or ``training_step``.
+        To be called once a step, from ``compute_loss`` or ``training_step``; in a validation it does nothing.
 
         Args:
             name: The metric's key, such as ``train/acc``.
             value: A scalar tensor.
         """
         trainer = self.trainer
-        part = trainer.fit_loop.batch_idx
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
-        recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
+        if trainer.training:
+            part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
+            recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 
     # training
 
@@ -176,7 +176,7 @@ class LitSupervised(pl.LightningModule):
     def log_every_n_steps(self) -> int:
         """Steps between two rows of the Trainer's loggers."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
-        return every
+        return every or NEVER  # 0: no rows, as of a barebones Trainer
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Compute and record the loss; in manual optimization, make the update too."""
@@ -415,14 +415,15 @@ class MeanLoss(Metric):
     def __init__(self) -> None:
         super().__init__()
         # float64: the same mean however the samples are shared out; MPS has none
-        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self._wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
         for name in ("total", "count"):
-            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=self._wide), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, size: int) -> None:
         """Add a batch of ``size`` samples with mean ``loss``."""
-        self.total += loss.detach().to(self.total.dtype) * size
-        self.count += size
+        # not in place: a validation before the fit has reset them in inference mode; "bf16-true" has rounded them
+        self.total = self.total.to(self._wide) + loss.detach().to(self._wide) * size
+        self.count = self.count.to(self._wide) + size
 
     def compute(self) -> Tensor:
         """Return the mean over the samples, a float64 scalar (float32 where there is MPS)."""

@@ -19,6 +19,9 @@ from torch import Tensor
 ROWS = 100
 """Steps between two flushes; a slower run flushes every second (in one process)."""
 
+NEVER = 2**62
+"""More steps than any run has."""
+
 _SECONDS = 1.0
 
 
@@ -35,7 +38,7 @@ class StepRecorder:
         # MPS has no float64; everywhere else it keeps a float64 net's losses exact
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._on_host = self._device.type == "cpu"
-        self._buffer = torch.zeros(ROWS, 0, dtype=self._dtype, device=self._device)
+        self._buffer = self._zeros(0)
         self._cells: Any = None
         self._resize(16)
         self._columns: dict[str, int] = {}
@@ -227,9 +230,13 @@ class StepRecorder:
                 self._resize(2 * self._buffer.shape[1])
         return column
 
+    def _zeros(self, columns: int) -> Tensor:
+        with torch.inference_mode(False):  # a validation may come first
+            return torch.zeros(ROWS, columns, dtype=self._dtype, device=self._device)
+
     def _resize(self, columns: int) -> None:
         old = self._buffer
-        self._buffer = torch.zeros(ROWS, columns, dtype=self._dtype, device=self._device)
+        self._buffer = self._zeros(columns)
         self._buffer[:, : old.shape[1]] = old
         # on the CPU there is nothing to wait for, and numpy takes a tenth of the time for one number
         self._cells = self._buffer.numpy() if self._on_host else self._buffer

@@ -1,5 +1,7 @@
 """The DataModules of images: split, batches, augmentation, state."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,24 @@ class Numbered(ArrayDataModule):
 def ready(data):
     data.setup("fit")
     return data
+
+
+def test_batches_of_any_kind_are_moved():
+    """As a tuple of tensors each would be an image, or have no device."""
+    data, cpu, meta = Numbered(), torch.device("cpu"), torch.device("meta")
+    images = torch.zeros(4, 3, 8, 8)
+    for batch in (images, [images, images], (images, images)):
+        assert data.transfer_batch_to_device(batch, cpu, 0) is batch
+    assert data.transfer_batch_to_device(images, meta, 0).shape == images.shape
+    pair = data.transfer_batch_to_device({"a": (images, images), "b": [images]}, meta, 0)
+    assert (pair["a"][1].device, pair["b"][0].device) == (meta, meta)
+
+
+def test_a_random_transform_can_be_pickled():
+    """As a local function it could not be sent to a process that is spawned."""
+    with pytest.warns(UserWarning, match="applied image by image"):
+        data = Numbered(transform=v2.RandomHorizontalFlip())
+    assert pickle.loads(pickle.dumps(data)).transform(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 8, 8)
 
 
 def test_validation_images_are_split_off_by_seed():

@@ -76,7 +76,9 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Return whether ``current`` is finite and lower than the best."""
-        return current is not None and bool(torch.isfinite(current)) and super().check_monitor_top_k(trainer, current)
+        finite = current is not None and bool(torch.isfinite(current))
+        # all ranks, of which each may have a value of its own: only together do they go on
+        return trainer.strategy.reduce_boolean_decision(finite) and super().check_monitor_top_k(trainer, current)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the validation's loss is the lowest."""

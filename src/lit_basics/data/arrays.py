@@ -258,9 +258,10 @@ class ArrayDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return the batch: as it is where the arrays live on ``device`` already."""
-        if batch[0].device == device:
+        parts = batch if isinstance(batch, (list, tuple)) else [batch]
+        if all(isinstance(part, Tensor) and part.device == device for part in parts):
             return batch
-        return tuple(array.to(device) for array in batch)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _loaded(self) -> ImageArrays:
         if self._arrays is None:

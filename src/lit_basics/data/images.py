@@ -1,6 +1,7 @@
 """Image batches as tensors: normalisation equal to torchvision's, and augmentation drawn per image."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +92,11 @@ def cut_out(images: Tensor, y: Tensor, x: Tensor, side: int) -> Tensor:
 
 def per_image(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return a function of batches that applies ``transform`` to each image, with draws of its own."""
+    return partial(_each, transform)  # which can be pickled
 
-    def apply(images: Tensor) -> Tensor:
-        return torch.stack([transform(image) for image in images])
 
-    return apply
+def _each(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.stack([transform(image) for image in images])
 
 
 def is_random(transform: object) -> bool:

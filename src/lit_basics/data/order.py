@@ -71,8 +71,11 @@ class EpochOrder:
         return len(self._stops)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin ``epoch`` at the next iteration, unless it is the one that a loaded state stands in."""
-        if epoch != self.epoch or not self._resumed:
+        """Begin ``epoch`` at the next iteration, unless a loaded state stands in it or in a later one.
+
+        In a later one stands the shorter of two loaders, which has begun again within Lightning's epoch.
+        """
+        if epoch > self.epoch or not self._resumed:
             self.epoch, self._position, self._resumed = epoch, 0, False
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
