@@ -350,6 +350,13 @@ def test_too_many_validation_images(refused):
     refused([*QUICK, *SMALL, "--data.val_size", "100"], "val_size is 100", "only 100 training images")
 
 
+@pytest.mark.parametrize(
+    "words", [["quickstart", "--data.image_seed"], ["linear", "--data.seed"], ["quickstart", "--data.seed"]]
+)
+def test_a_negative_seed(refused, words):
+    refused(["fit", "--config", *words, "-1"], f"{words[1].removeprefix('--data.')} is -1; it must be 0 or more")
+
+
 def test_a_crop_as_large_as_the_image(refused):
     refused([*QUICK, *SMALL, "--data.crop", "32"], "crop is 32", "32 pixels")
 

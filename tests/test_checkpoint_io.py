@@ -254,6 +254,29 @@ def test_a_checkpoint_of_a_newer_version_is_refused(key, name, tmp_path):
         check_versions({key: older}, path)
 
 
+def test_beside_a_checkpoint_of_slurms_nothing_has_its_name(tmp_path):
+    """In ``hpc_ckpt_1.ckpt.sha256`` Lightning reads version 1256, and asks for it."""
+    io, path = DurableCheckpointIO(), tmp_path / "hpc_ckpt_1.ckpt"
+    for value in (1, 2):
+        io.save_checkpoint(checkpoint(value), path)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert [p.name for p in tmp_path.iterdir() if "hpc_ckpt_" in p.name] == [path.name]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert io.load_checkpoint(path)["step"] == 1
+
+
+def test_hyper_parameters_that_no_load_takes_are_named_at_the_first_save(tmp_path):
+    """Without a word a run of days would leave nothing to go on from."""
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    bad = {**checkpoint(1), "hyper_parameters": {"lr": 0.1, "root": tmp_path}}
+    with pytest.warns(UserWarning, match=r"hyper-parameter root, a PosixPath.*ignore=\['root'\]"):
+        io.save_checkpoint(bad, path)
+    io.save_checkpoint(bad, path)
+    with pytest.raises(UserError, match="Weights only load failed"):
+        io.load_checkpoint(path)
+
+
 def test_what_a_killed_save_leaves_is_removed(tmp_path):
     io, path = saved(tmp_path, 1)
     (tmp_path / ".a.ckpt.x1y2").write_bytes(b"staged")

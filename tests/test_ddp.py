@@ -84,6 +84,7 @@ if __name__ == "__main__":
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False,
                          enable_progress_bar=False, callbacks=callbacks, plugins=[DurableCheckpointIO()])
     trainer.fit(model, data)
+    trainer.save_checkpoint(weights + ".ckpt")  # where the processes were spawned they have gone
     if trainer.is_global_zero:
         torch.save(model.state_dict(), weights)
 """
@@ -159,8 +160,10 @@ def test_only_rank_0_writes(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     done = run([*FIT, *words(path, tmp_path / "run"), "--config", "ddp"])
     assert done.stdout.count("run directory: ") == 1
-    names = {p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in (".sha256", ".previous")}
-    assert names == {"images.npz", "best.ckpt", "best.pth", "config.yaml", "last.ckpt", "metrics.csv"}
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    names = sorted(name for name in names if not name.endswith((".sha256", ".previous")))
+    files = ["best.pth", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"]
+    assert names == ["images.npz", *(f"run/{name}" for name in files)]
 
 
 SAVES_OFTEN = """

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lit_basics import (
     ArrayLoader,
     EpochOrder,
+    FilterMuon,
     GradientMonitor,
     LastCheckpoint,
     LitClassifier,
     LitSupervised,
+    PairedOptimizer,
     Preemption,
     RandomState,
     ResumableDataLoader,
@@ -290,7 +292,10 @@ def test_lbfgs_and_pairs(accumulate):
     def lbfgs(parameters):
         return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
 
-    for optimizer in (lbfgs, torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1)):
+    def pair(parameters):
+        return PairedOptimizer(parameters, FilterMuon, lambda p: torch.optim.SGD(p, lr=0.1))
+
+    for optimizer in (lbfgs, pair, torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1)):
         states = []
         for k in KS:
             module = Small(k, optimizer=optimizer)

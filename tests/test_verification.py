@@ -473,9 +473,11 @@ def test_two_ranks_of_a_module_that_needs_its_datamodule_and_changes_its_batches
     assert "each of 48 validation samples counted once" in report["ddp"].text
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 18}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("kind", ["arrays", "datasets"])
-def test_the_shorter_of_two_loaders_is_resumed_in_its_second_round(kind):
-    """Begun anew at Lightning's epoch it gives the batches of its first round again."""
+def test_the_shorter_of_two_loaders_is_resumed_in_its_second_round(kind, settings):
+    """Begun anew at Lightning's epoch it gives the batches of its first round again; going on at the epoch's end, as
+    Lightning lets it under ``max_steps``, those of its second."""
 
     def made(size, seed):
         x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
@@ -484,7 +486,9 @@ def test_the_shorter_of_two_loaders_is_resumed_in_its_second_round(kind):
             return ArrayLoader(x, y, EpochOrder(size, 8, shuffle=True, seed=seed))
         return ResumableDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, seed=seed)
 
-    report = verify(InContainer(), {"a": made(24, 1), "b": made(64, 2)}, checks=["resume"], steps=18, **EXACT)
+    report = verify(
+        InContainer(), {"a": made(24, 1), "b": made(64, 2)}, checks=["resume"], steps=18, **settings, **EXACT
+    )
     assert outcomes(report) == {"resume": "passed"}, str(report)
 
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 import zipfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +40,8 @@ class DurableCheckpointIO(CheckpointIO):
 
     A checkpoint is staged beside its target, synchronised to the disk, read back, and renamed. The one before
     it stays as ``<name>.previous``, and ``<name>.sha256`` holds the checksums of both. A load checks them: a
-    damaged file is named and the previous one used. Nothing in a file is ever run (``weights_only``).
+    damaged file is named and the previous one used. Nothing in a file is ever run (``weights_only``, whatever is asked
+    for); at the first save a warning names hyper-parameters with which no load would take the file.
 
     Usable alone: ``Trainer(plugins=[DurableCheckpointIO()])``.
 
@@ -54,6 +56,7 @@ class DurableCheckpointIO(CheckpointIO):
         self.min_seconds = min_seconds
         self._pool = ThreadPoolExecutor(1) if asynchronous else None
         self._in_flight: Future[None] | None = None
+        self._looked = False  # at the hyper-parameters
         self._held: dict[Path, dict[str, Any]] = {}
         self._written: dict[Path, float] = {}
 
@@ -74,6 +77,15 @@ class DurableCheckpointIO(CheckpointIO):
         target, state = Path(path), dict(checkpoint)
         if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
             state[VERSION] = installed("lit_basics")
+        if not self._looked:
+            self._looked = True
+            for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+                for name, value in unloadable(state.get(key, {})):
+                    rank_zero_warn(
+                        f"the hyper-parameter {name}, a {type(value).__name__}, makes every checkpoint one that cannot "
+                        "be loaded, since a load runs no code: "
+                        f"save_hyperparameters(ignore=[{name!r}]), or save its str()"
+                    )
         if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
             self._held[target] = copied(state)
         else:
@@ -126,14 +138,31 @@ class DurableCheckpointIO(CheckpointIO):
         self.flush()
 
 
+def unloadable(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values that no load under ``weights_only`` would take."""
+    for name, value in values.items():
+        buffer = io.BytesIO()
+        try:
+            torch.save(value, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception:  # pickle and torch raise many kinds
+            yield name, value
+
+
 def previous_path(path: Path) -> Path:
     """Return where the checkpoint before ``path`` is kept."""
-    return path.with_name(path.name + ".previous")
+    return path.with_name(_name_beside(path) + ".previous")
 
 
 def checksum_path(path: Path) -> Path:
     """Return where the checksums of ``path`` and of the one before it are kept."""
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(_name_beside(path) + ".sha256")
+
+
+def _name_beside(path: Path) -> str:
+    """Return what the names of the files beside begin with: in ``hpc_ckpt_1.ckpt.256`` Lightning reads a number."""
+    return path.name.replace("hpc_ckpt_", "hpc-")
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -166,11 +195,11 @@ def write_checked(path: Path, content: bytes) -> None:
         OSError: If it cannot be written or reads back differently; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # by a save that was killed
+    for left in path.parent.glob(f".{glob.escape(_name_beside(path))}.*"):  # by a save that was killed
         left.unlink(missing_ok=True)
     known = known_digests(path)
     good = _good_digest(path, known)
-    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, staged = tempfile.mkstemp(prefix=f".{_name_beside(path)}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -200,7 +229,7 @@ def _good_digest(path: Path, known: list[str]) -> str | None:
 
 
 def _keep_as_previous(path: Path) -> None:
-    link = path.with_name(f".{path.name}.link")
+    link = path.with_name(f".{_name_beside(path)}.link")
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)

@@ -1,7 +1,6 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
 import contextlib
-import io
 import signal
 import sys
 import traceback
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
@@ -21,7 +19,7 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import is_restoring, load_weights
+from lit_basics.checkpoint_io import is_restoring, load_weights, unloadable
 from lit_basics.config import Config, as_list, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
@@ -262,18 +260,12 @@ def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) ->
     Raises:
         UserError: If a hyper-parameter is such.
     """
-    for name, value in owner.hparams.items():
-        buffer = io.BytesIO()
-        try:
-            torch.save(value, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except Exception as error:  # pickle and torch raise many kinds
-            raise UserError(
-                f"{type(owner).__name__} saves the hyper-parameter {name}, a {type(value).__name__}, and no run could "
-                "go on from a checkpoint with it (numbers, text and tensors are loaded, in lists and dicts too): "
-                f"save_hyperparameters(ignore=[{name!r}]), or save its str()"
-            ) from error
+    for name, value in unloadable(owner.hparams):
+        raise UserError(
+            f"{type(owner).__name__} saves the hyper-parameter {name}, a {type(value).__name__}, and no run could "
+            "go on from a checkpoint with it (numbers, text and tensors are loaded, in lists and dicts too): "
+            f"save_hyperparameters(ignore=[{name!r}]), or save its str()"
+        )
 
 
 class _RunFiles(pl.Callback):

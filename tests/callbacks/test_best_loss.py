@@ -96,6 +96,72 @@ class Otherwise(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+class OfEachStep(Otherwise):
+    """Logs as Lightning does by default, the loss of each step and no mean."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train/loss", loss, batch_size=16)
+        return loss
+
+
+@pytest.mark.parametrize("val_size", [0, 16])
+def test_the_loss_of_the_last_batch_is_not_taken_for_the_epochs(val_size, tmp_path):
+    """Looked for in ``callback_metrics`` alone it is the one that decides."""
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best)
+    with pytest.warns(UserWarning, match="neither val/loss nor the epoch's train/loss"):
+        fitted.fit(OfEachStep(), datamodule=data(val_size=val_size))
+    assert best.best_model_score is None
+    assert "train/loss" in fitted.callback_metrics, "what others may look at"
+
+
+def test_weights_that_are_views_of_one_memory_are_kept_once(tmp_path):
+    """Copied one by one each brings the whole memory, as of an LSTM's on a GPU."""
+
+    class Views(LitBlitzNet):
+        def __init__(self):
+            super().__init__()
+            memory = torch.cat([p.detach().flatten() for p in self.net.parameters()])
+            parts = memory.split([p.numel() for p in self.net.parameters()])
+            for p, part in zip(self.net.parameters(), parts, strict=True):
+                p.data = part.view_as(p)
+
+    size = sum(p.nbytes for p in LitBlitzNet().parameters())
+    trainer(BestLossCheckpoint(str(tmp_path)), max_epochs=1).fit(Views(), datamodule=data(val_size=16))
+    assert (tmp_path / "best.pth").stat().st_size < 1.2 * size
+
+
+def test_a_trainer_with_a_last_checkpoint_alone_tests_and_one_with_more_takes_the_best(tmp_path):
+    """Lightning asks the first checkpoint callback for ``best_model_path``."""
+    module, images = LitBlitzNet(), data(val_size=16)
+    fitted = trainer(last.LastCheckpoint(str(tmp_path / "one")), max_epochs=1)
+    fitted.fit(module, datamodule=images)
+    with pytest.warns(UserWarning, match="The best model of the previous"):
+        fitted.test(datamodule=images, verbose=False)
+    assert fitted.ckpt_path == str(tmp_path / "one" / "last.ckpt")
+    best = BestLossCheckpoint(str(tmp_path / "two"))
+    fitted = trainer(last.LastCheckpoint(str(tmp_path / "two")), best, max_epochs=1)
+    fitted.fit(module, datamodule=images)
+    with pytest.warns(UserWarning, match="multiple `ModelCheckpoint`"):
+        fitted.test(datamodule=images, ckpt_path="best", verbose=False)
+    assert fitted.ckpt_path == best.best_model_path
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`|Checkpoint directory|Be aware that when using")
+def test_the_last_state_is_that_of_the_training_not_its_average(tmp_path):
+    """Saved when training ends, the averages have taken the place of the weights."""
+    ends = []
+    for epochs, checkpoint in ((3, None), (1, None), (3, tmp_path / "1" / "last.ckpt")):
+        torch.manual_seed(0)
+        module = LitBlitzNet()
+        saver = last.LastCheckpoint(str(tmp_path / str(epochs)))
+        fitted = trainer(EMAWeightAveraging(decay=0.5), saver, max_epochs=epochs)
+        fitted.fit(module, datamodule=data(val_size=16), ckpt_path=checkpoint, weights_only=checkpoint and True)
+        ends.append(module.state_dict())
+    assert_equal(ends[2], ends[0])
+
+
 @pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}])
 def test_where_neither_loss_is_logged_it_says_so_once_and_stays_off(settings, tmp_path):
     """Without ``_off`` Lightning's ModelCheckpoint ends the run."""

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import assert_equal, fit, metrics
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +32,7 @@ from lit_basics import (
     RandomState,
     UserError,
 )
+from lit_basics.callbacks import non_finite
 from lit_basics.cli import main
 from lit_basics.data.arrays import no_batches
 from lit_basics.finite import are_finite
@@ -429,9 +430,53 @@ def test_the_epochs_mean_leaves_the_step_out(policy):
 
 @pytest.mark.parametrize("monitor", [False, True])
 @pytest.mark.parametrize("kind", ["gradient", "overflow"])
-def test_the_monitors_norms_are_shared(kind, monitor):
-    *_, error = train(NonFiniteGuard(), kind, {9}, monitor=monitor)
+def test_the_monitors_norms_are_shared(kind, monitor, monkeypatch):
+    looks = []
+    monkeypatch.setattr(non_finite, "are_finite", lambda *given: looks.append(given) or are_finite(*given))
+    *_, error = train(NonFiniteGuard(every_n_batches=1000), kind, {9}, monitor=monitor)
     assert re.fullmatch(re.escape(EXPECTED[kind].format(10)).replace(r"\{\}", r"[\d.e-]+"), error), error
+    assert (len(looks) < 9) == monitor  # it looks at the gradients itself only where nobody has
+
+
+class Grows(Faulty):
+    """Makes a buffer in its first batch, and makes it longer."""
+
+    def compute_loss(self, batch, batch_idx):
+        if "cache" not in dict(self.named_buffers()):
+            self.register_buffer("cache", torch.zeros(1))
+        self.cache = torch.zeros(len(self.cache) + 1)
+        return super().compute_loss(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings(WARNINGS)
+def test_a_rollback_leaves_a_buffer_that_has_been_made_or_has_grown():
+    """By its name alone it is a KeyError, or another shape."""
+    module = Grows("nan loss", {3, 30})
+    fitted = trainer(NonFiniteGuard("rollback", every_n_batches=EVERY))
+    fitted.fit(module, batches(40))
+    assert len(module.cache) == 41
+
+
+class Ended(Checkpoint):
+    ended = 0
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.ended += 1
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model|.*there is no last checkpoint|Checkpoint directory")
+def test_a_fault_is_the_end_though_another_callback_would_save_then(tmp_path):
+    """A second error, of the refused save, cuts off what the callbacks after it have to do."""
+    others = [ModelCheckpoint(tmp_path, save_on_exception=True), OnExceptionCheckpoint(tmp_path)]
+    ended = Ended()
+    fitted = trainer(NonFiniteGuard(), *others, ended, enable_checkpointing=True)
+    with pytest.raises(NonFiniteError):
+        fitted.fit(Faulty("nan loss", {3}), batches(6))
+    assert ended.ended == 1
+    assert list(tmp_path.iterdir()) == []
+    assert all("on_exception" in vars(other) for other in others)
+    fitted.fit(Faulty(), batches(2))
+    assert not any("on_exception" in vars(other) for other in others)
 
 
 class Huge(Faulty):

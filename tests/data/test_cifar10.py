@@ -305,7 +305,7 @@ def test_nothing_is_written_outside_the_folder(folder, tmp_path, trust, path):
 def test_a_damaged_archive_is_a_user_error(tmp_path):
     good = pack(tmp_path / ARCHIVE, genuine()).read_bytes()
     draw = random.Random(0)
-    path = tmp_path / "damaged"
+    path, refused = tmp_path / "damaged", 0
     for trial in range(60):
         bad = bytearray(good[: draw.randrange(len(good))] if trial % 2 else good)
         for _ in range(3):
@@ -316,9 +316,24 @@ def test_a_damaged_archive_is_a_user_error(tmp_path):
             read_archive(path)
         except UserError as error:
             assert "damaged" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 500, refused  # a bit of a header that nobody reads may be flipped
 
 
 # the cache
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError()])
+def test_a_cache_that_cannot_be_read_just_now_is_not_damaged(folder, url, monkeypatch, error):
+    """Taken for damage it would be downloaded again."""
+    module(folder, url).prepare_data()
+
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(np, "load", failing)
+    with pytest.raises(type(error)):
+        read_cache(folder / CACHE)
 
 
 def test_the_cache_is_read_once(folder, url, monkeypatch):

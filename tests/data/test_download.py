@@ -13,6 +13,7 @@ import pytest
 from lit_basics.data import download as module
 from lit_basics.data.download import download, file_lock
 from lit_basics.errors import UserError
+from lit_basics.running import quiet
 
 CONTENT = random.Random(0).randbytes(100_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -151,6 +152,16 @@ def endless(request: Request) -> None:
 def portal(request: Request) -> None:
     request.head(200, Content_Length=6)
     request.body(b"log in")
+
+
+def portal_without_length(request: Request) -> None:
+    request.head(200)
+    request.body(b"please log in")
+
+
+def breaking_off_without_range(request: Request) -> None:
+    request.head(200, Content_Length=SIZE)
+    request.body(CONTENT[: HALF // 2])
 
 
 def missing(request: Request) -> None:
@@ -310,12 +321,21 @@ def test_nothing_is_left_to_send(serve, path, part, beginning, requests, size):
     assert len(server.ranges) == requests - complete_by_size
 
 
-def test_a_login_page_does_not_cost_the_partial_file(serve, path, part):
+@pytest.mark.parametrize("bad", [portal, portal_without_length, breaking_off_without_range])
+def test_another_answer_does_not_cost_the_partial_file(serve, path, part, bad):
+    """Written anew at a 200, half of the file would be gone."""
     part.write_bytes(CONTENT[:HALF])
     good = serve(honest)
-    fetch(path, serve(portal).url, good.url)
+    fetch(path, serve(bad).url, good.url)
     assert path.read_bytes() == CONTENT
     assert good.ranges == [f"bytes={HALF}-"]
+
+
+def test_a_download_is_told_of_though_logging_is_silent(serve, path, capsys):
+    """The command line silences Lightning's logging: a long download would say nothing."""
+    quiet()
+    fetch(path, serve(honest).url)
+    assert re.fullmatch(r"downloading http://127.0.0.1:\d+/file\n", capsys.readouterr().err)
 
 
 def test_file_address(tmp_path, path, part):

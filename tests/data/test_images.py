@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -98,6 +99,20 @@ def test_transforms_that_draw_are_known(transform):
 )
 def test_transforms_that_do_not_draw_are_known(transform):
     assert not is_random(transform)
+
+
+def test_a_module_of_the_users_own_around_a_random_transform_is_known():
+    class Own(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images):
+            return self.inner(images)
+
+    assert is_random(Own(v2.RandomCrop(28)))
+    assert is_random(v2.Compose([v2.Pad(2), Own(v2.RandomCrop(28))]))
+    assert not is_random(Own(v2.Resize(28)))
 
 
 def test_per_image_draws_for_each_image():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -75,6 +76,16 @@ def batches_of(epochs=1, size=SIZE, **settings):
 
 
 # ---- order and draws
+
+
+def test_what_is_set_on_the_loaders_dataset_is_set_on_the_dataset():
+    """Set on the wrapper the dataset would not see it, as the file that a worker_init_fn opens."""
+    dataset = Noisy()
+    loader = ResumableDataLoader(dataset, batch_size=4)
+    loader.dataset.transform = "another"
+    assert dataset.transform == loader.dataset.transform == "another"
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    assert (copy.transform, copy.seed) == ("another", 0)
 
 
 def test_the_order_is_that_of_an_epoch_order():

@@ -1,9 +1,11 @@
 """Every sample once an epoch, at any world size, and the same order after a resume."""
 
+import itertools
+
 import pytest
 import torch
 
-from lit_basics import EpochOrder
+from lit_basics import EpochOrder, UserError
 
 
 def epoch(order):
@@ -37,6 +39,33 @@ def test_evaluation_counts_every_sample_once(size, world_size):
     seen = sorted(i for rank in ranks for batch in epoch(rank) for i in batch)
     assert seen == list(range(size))
     assert all(len(rank) == len(epoch(rank)) for rank in ranks)
+
+
+def test_evaluating_ranks_come_to_as_many_batches():
+    """DistributedDataParallel sends buffers at each batch: a rank that has one more waits for the others for ever."""
+    for size, world_size, local in itertools.product(range(4, 60), (2, 3, 4), (2, 3, 5)):
+        ranks = [
+            EpochOrder(size, world_size * local, shuffle=False, rank=r, world_size=world_size)
+            for r in range(world_size)
+        ]
+        batches = [epoch(rank) for rank in ranks]
+        assert len({len(own) for own in batches}) == 1
+        assert all(1 <= len(batch) <= local for own in batches for batch in own)
+        assert sorted(i for own in batches for batch in own for i in batch) == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 100, "world_size": 3}, "batch_size is 100; it must divide by the 3 processes"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": 4, "seed": -1}, "seed is -1; it must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_an_order_is_refused(settings, message):
+    """Without the first a sample of each batch is never trained on."""
+    with pytest.raises(UserError, match=message):
+        EpochOrder(500, **settings, shuffle=True)
 
 
 def test_order_is_a_function_of_seed_and_epoch():

@@ -1,6 +1,5 @@
 """The checkpoint of the lowest loss."""
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_basics.callbacks.last import MIN_SECONDS
-from lit_basics.checkpoint_io import DurableCheckpointIO
+from lit_basics.checkpoint_io import DurableCheckpointIO, copied
 from lit_basics.files import replace_file
 
 
@@ -90,13 +89,13 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
-        absent = self._chosen_monitor is None and self.monitor not in trainer.callback_metrics
+        absent = self._chosen_monitor is None and not self._is_logged(trainer)
         # a run resumed within an epoch may have had its last validation before
         if absent and self._record_of != self.monitor and not self._off:
             every = trainer.check_val_every_n_epoch
             if self._missed or (every and (trainer.current_epoch + 1) % every == 0):  # not merely later
                 self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
-            self._off = self.monitor == "train/loss" and self.monitor not in trainer.callback_metrics
+            self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
             if self._off:
                 there = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
                 rank_zero_warn(
@@ -107,6 +106,16 @@ class BestLossCheckpoint(ModelCheckpoint):
             return
         with self._own_saves(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+
+    def _is_logged(self, trainer: pl.Trainer) -> bool:
+        """Return whether the monitor is there; of ``train/loss`` its mean, not what the last batch has logged."""
+        metrics = trainer.callback_metrics
+        if self.monitor != "train/loss" or self.monitor not in metrics:
+            return self.monitor in metrics
+        newest = metrics.pop(self.monitor)
+        of_epoch = self.monitor in trainer.callback_metrics  # at an epoch's end Lightning fills in its values alone
+        metrics.setdefault(self.monitor, newest)
+        return of_epoch
 
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
         # Lightning's private name: it would leave train/loss out where validations are to come every n epochs
@@ -126,7 +135,7 @@ class BestLossCheckpoint(ModelCheckpoint):
                 of_net = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
                 state = of_net or net.state_dict()  # it may be in the module under another name
             if trainer.is_global_zero:
-                self._held = {name.replace("_orig_mod.", ""): copy.deepcopy(value) for name, value in state.items()}
+                self._held = copied({name.replace("_orig_mod.", ""): value for name, value in state.items()})
         else:
             self._write_weights()
             if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):

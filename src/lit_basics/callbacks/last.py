@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_basics.recording import compute_logged
@@ -15,6 +15,7 @@ MIN_SECONDS = 10.0
 """Epochs shorter than this do not each write a file; the end of training always does."""
 MAX_SECONDS = 300.0
 """Within an epoch that is longer than this there is a save as well."""
+AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
 class LastCheckpoint(Checkpoint):
@@ -31,9 +32,15 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str) -> None:
         self.path = Path(dirpath) / "last.ckpt"
+        self.best_model_path = ""
+        """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
         self._saved_step = -1
         self._ended_step = -1  # that of a save within the epoch, at the end of training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Go behind all other callbacks: the best is for them to say."""
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -64,7 +71,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the last save is less than ten seconds old."""
         compute_logged(trainer)
-        if self._ended_step != trainer.global_step:
+        if self._ended_step == trainer.global_step:
+            return
+        done = ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
+        if done and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            self.save(trainer)  # at the end of training they put the averages in the place of the weights
+        else:
             self._save_if_older(trainer, MIN_SECONDS)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -91,6 +103,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
             return
         trainer.save_checkpoint(self.path)
+        self.best_model_path = str(self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -118,6 +119,8 @@ class NonFiniteGuard(pl.Callback):
         """Begin anew: a save before training starts, such as a search for a learning rate makes, is let pass."""
         if stage == TrainerFn.FITTING:
             self._begin()
+            for callback in trainer.checkpoint_callbacks:
+                vars(callback).pop("on_exception", None)  # of an earlier fit's fault
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose how to look, and take the first snapshot.
@@ -220,6 +223,13 @@ class NonFiniteGuard(pl.Callback):
         """
         compute_logged(trainer)
         self._check(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """After a fault, let nobody save the state: the refusal would leave the run's end half done."""
+        if isinstance(exception, NonFiniteError):
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+                    vars(callback)["on_exception"] = lambda *_: None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -396,6 +406,7 @@ class NonFiniteGuard(pl.Callback):
             self._buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
 
     def _take_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._snapshot = None  # else there would be two for a moment
         self._snapshot = {
             "step": trainer.global_step,
             "weights": {name: value.detach().clone() for name, value in _weights(pl_module)},
@@ -410,7 +421,9 @@ class NonFiniteGuard(pl.Callback):
         self._steps = []
         self._losses.clear()
         for name, value in _weights(pl_module):
-            value.copy_(self._snapshot["weights"][name])
+            kept = self._snapshot["weights"].get(name)
+            if kept is not None and kept.shape == value.shape:  # it may have been made since
+                value.copy_(kept)
         for optimizer, state in zip(trainer.optimizers, self._snapshot["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": groups})

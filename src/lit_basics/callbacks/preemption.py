@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
+from lit_basics.errors import UserError
 from lit_basics.recording import compute_logged
 
 SAME_SECONDS = 1.0
@@ -36,7 +37,8 @@ class Preemption(Checkpoint):
     main thread only. List it after ``last``.
 
     Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
-    would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``.
+    would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
+    the state: ``--resume auto`` by command, ``fit(ckpt_path=...)`` where there is a ``last.ckpt`` in your own project.
 
     Args:
         last: What saves the state.
@@ -49,12 +51,20 @@ class Preemption(Checkpoint):
         self._requeues = False
         self._previous: dict[int, Any] = {}
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go behind all other callbacks, also behind ``last``, which has gone behind the others at its setup."""
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers; Lightning has installed its own before.
 
         Raises:
             Preempted: If Lightning's have caught a SIGTERM; there is no new state to save.
+            UserError: If SLURM has started this job anew, and it does not go on from the state that is saved.
         """
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and self._last.path.exists():
+            path = self._last.path
+            raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._interrupted_at = 0, float("inf")
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -97,6 +107,10 @@ class Preemption(Checkpoint):
         if trainer.world_size > 1:
             _let_launcher_leave(trainer.world_size)
         raise Preempted(128 + number)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the earlier handlers back: Lightning's, which puts back those before its own later on."""
+        self._restore()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the earlier handlers back."""

@@ -30,8 +30,9 @@ class RandomState(pl.Callback):
     ) -> None:
         """Put the states of all ranks into the checkpoint; every rank must be here, as in any save."""
         states = [generator_states()]
-        if trainer.world_size > 1:
-            states = [{} for _ in range(trainer.world_size)]
+        # world_size stays after a training in processes that were spawned, and the processes do not
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [{} for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather_object(states, generator_states())
         checkpoint["random_state"] = states
 
@@ -94,7 +95,8 @@ def generator_states() -> dict[str, Any]:
             float(gauss),
         ),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # not merely available: it would be initialised, which a forked process cannot
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
         "threads": torch.get_num_threads(),
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
-from lit_basics.data.order import EpochOrder, check_batch_size, generator, shared_order
+from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator, shared_order
 from lit_basics.errors import UserError
 
 Transform = nn.Module | Callable[[Tensor], Any]
@@ -137,8 +137,8 @@ class ArrayDataModule(pl.LightningDataModule):
         flip: Whether training images are mirrored at random; ``alternating``: at random in the first epoch, and
             then the other way in each next one (https://arxiv.org/abs/2404.00498).
         cutout: Side of a random square of each training image that is set to the mean colour.
-        transform: A torchvision v2 transform, or any function, of uint8 training batches (N, C, H, W). One
-            that draws at random is applied image by image, which is slower.
+        transform: A torchvision v2 transform, or any function, of uint8 training batches (N, C, H, W). One of
+            torchvision's that draws at random is applied image by image, which is slower.
         drop_last: Whether to leave out the last, smaller training batch.
 
     Raises:
@@ -161,8 +161,7 @@ class ArrayDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must be 0 or more")
+        check_seed(seed)
         if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
             raise UserError(f"val_size is {val_size}; it must be a fraction in [0, 1) or a number of images")
         for name, value in (("crop", crop), ("cutout", cutout)):
@@ -313,7 +312,8 @@ def channel_statistics(images: Tensor, indices: Tensor) -> tuple[list[float], li
         mean = (counts * values).sum() / counts.sum()
         variance = (counts * (values - mean) ** 2).sum() / counts.sum()
         means.append(mean.item())
-        stds.append(variance.sqrt().item() or 1.0)
+        constant = int((counts > 0).sum()) < 2  # rounded, its variance need not be 0
+        stds.append(1.0 if constant else variance.sqrt().item())
     return means, stds
 
 

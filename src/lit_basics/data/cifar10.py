@@ -194,6 +194,8 @@ def read_cache(path: Path) -> ImageArrays:
             with np.load(file, allow_pickle=False) as arrays:
                 return _checked(*(arrays[name] for name in ImageArrays._fields))
         except Exception as error:  # zipfile, zlib, struct and numpy raise a dozen kinds
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # of the machine, not of the file
+                raise
             raise UserError(f"{path} is damaged: {first_line(error)}") from error
 
 

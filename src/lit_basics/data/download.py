@@ -3,6 +3,7 @@
 import http.client
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.errors import UserError
 from lit_basics.files import file_sha256
@@ -79,7 +80,7 @@ def file_lock(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        rank_zero_info(f"waiting for another process, which is preparing {path}")
+        _say(f"waiting for another process, which is preparing {path}")
         lock.acquire()
     try:
         yield
@@ -121,7 +122,7 @@ def _complete(part: Path, url: str, sha256: str, size: int | None, timeout: floa
 
 
 def _extend(part: Path, url: str, size: int | None, timeout: float) -> None:
-    """Append to ``part`` what the mirror has beyond it, or write it anew if the mirror cannot do that.
+    """Append to ``part`` what the mirror has beyond it; of one that sends all, what comes before is passed over.
 
     Raises:
         _MirrorError: If not all came.
@@ -144,15 +145,17 @@ def _extend(part: Path, url: str, size: int | None, timeout: float) -> None:
             total = int(match[2]) if match[2].isdigit() else size
         if size is not None and total != size:
             raise _MirrorError(f"has {total} bytes, not {size}")
-        rank_zero_info(f"downloading {url}" + (f", from {_megabytes(start, total)} on" if resumed else ""))
+        _say(f"downloading {url}" + (f", from {_megabytes(start, total)} on" if resumed else ""))
         report = time.monotonic() + REPORT_SECONDS
-        with part.open("ab" if resumed else "wb") as file:
+        known = 0 if resumed else start
+        with part.open("ab") as file:
             for chunk in _chunks(response, timeout):
-                file.write(chunk)
+                file.write(chunk[known:])
+                known = max(0, known - len(chunk))
                 if size is not None and file.tell() > size:
                     raise _WrongBytesError(f"has more than {size} bytes")
                 if time.monotonic() > report:
-                    rank_zero_info(f"downloaded {_megabytes(file.tell(), total)}")
+                    _say(f"downloaded {_megabytes(file.tell(), total)}")
                     report = time.monotonic() + REPORT_SECONDS
             file.flush()
             os.fsync(file.fileno())
@@ -209,6 +212,10 @@ def _reason(error: Exception, timeout: float) -> str:
         return f"no answer for {timeout:g} s"
     text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
     return str(text).splitlines()[0][:100]
+
+
+def _say(text: str) -> None:
+    rank_zero_only(print)(text, file=sys.stderr)  # no logging, which the command line silences
 
 
 def _size(path: Path) -> int:

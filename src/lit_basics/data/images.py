@@ -114,6 +114,8 @@ def is_random(transform: object) -> bool:
             kind.forward is not v2.Transform.forward
             and not isinstance(transform, (v2.Identity, v2.Normalize, v2.ToDtype))
         )
+    if isinstance(transform, nn.Module) and not type(transform).__module__.startswith("torchvision."):
+        return any(map(is_random, transform.children()))  # a module of the user's own around some
     return type(transform).__module__.startswith("torchvision.") and type(transform).__name__.startswith(
         (
             "Random",

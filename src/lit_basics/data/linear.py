@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_basics.data.arrays import ArrayLoader, epoch_order, no_batches
-from lit_basics.data.order import check_batch_size
+from lit_basics.data.order import check_batch_size, check_seed
 
 
 class LinearDataModule(pl.LightningDataModule):
@@ -24,6 +24,7 @@ class LinearDataModule(pl.LightningDataModule):
     def __init__(self, batch_size: int = 11, seed: int = 0) -> None:
         super().__init__()
         check_batch_size(batch_size)
+        check_seed(seed)
         self.batch_size, self.seed, self.drop_last = batch_size, seed, False
 
     def inputs(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lit_basics.data.order import EpochOrder, check_batch_size, shared_order
+from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, shared_order
 from lit_basics.errors import UserError
 
 Key = tuple[int, list[int]]
@@ -43,7 +43,7 @@ class ResumableDataLoader(DataLoader[Any]):
     Lightning saves and restores the position of a training loader and puts no sampler of its own over this one.
     Processes are those of ``torch.distributed``, which may be initialised after the loader is made. In training
     (``shuffle=True``) each takes its slice of the global batch; in evaluation (``shuffle=False``) each sample comes
-    exactly once, so processes may differ by one batch.
+    exactly once; processes have as many batches, unless a batch is one sample for each.
 
     Args:
         dataset: Anything with ``__getitem__``, for indices from 0 on, and ``__len__``. ``loader.dataset`` wraps it and
@@ -90,8 +90,7 @@ class ResumableDataLoader(DataLoader[Any]):
         if batch_size is None:
             raise UserError("batch_size is None; ResumableDataLoader makes batches: give their global size")
         check_batch_size(batch_size)
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must be 0 or more")
+        check_seed(seed)
         self._batches = GlobalBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
         super().__init__(
             SeededBatches(dataset, batch_size, seed, collate_fn or default_collate),
@@ -172,7 +171,7 @@ class SeededBatches(Dataset[Any]):
     """A dataset by batches, collated, with the generators seeded for each sample.
 
     The batch's key says all that its draws depend on, so that workers keep nothing from batch to batch. What is not
-    found here is looked up in the dataset.
+    found here is looked up in the dataset, and set there.
 
     Args:
         dataset: The dataset of samples.
@@ -192,6 +191,12 @@ class SeededBatches(Dataset[Any]):
         if name.startswith("__"):  # pickle asks for these before there is a dataset
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("dataset", "batch_size", "seed", "collate_fn"):
+            super().__setattr__(name, value)
+        else:  # as of a worker_init_fn that opens a file, or another transform from now on
+            setattr(self.dataset, name, value)
 
     def __getitem__(self, key: Key) -> Any:
         """Return the batch of a key; the process's generators are afterwards what they were."""

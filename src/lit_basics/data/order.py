@@ -55,7 +55,12 @@ class EpochOrder:
         self.rank = rank
         self.world_size = world_size
         self._position = 0
+        self._set = 0  # the epoch that was begun by name; the order runs ahead where it is begun again within
         self._resumed = False
+        check_batch_size(batch_size)
+        check_seed(seed)
+        if batch_size % world_size:
+            raise UserError(f"batch_size is {batch_size}; it must divide by the {world_size} processes")
         if shuffle:
             full, rest = divmod(size, batch_size)
             rest = 0 if drop_last else rest // world_size * world_size
@@ -63,20 +68,23 @@ class EpochOrder:
             if rest:
                 self._stops.append(full * batch_size + rest)
         else:
-            share, local = len(range(rank, size, world_size)), batch_size // world_size
+            local = batch_size // world_size
+            shares = [len(range(r, size, world_size)) for r in range(world_size)]
+            most, fewest, share = -(-shares[0] // local), -(-shares[-1] // local), shares[rank]
             self._stops = [min(i + local, share) for i in range(0, share, local)]
+            if most > fewest and shares[-1] >= most:
+                # even parts, so that all ranks come to as many batches: DistributedDataParallel sends at each
+                self._stops = [share * (i + 1) // most for i in range(most)]
 
     def __len__(self) -> int:
         """Return the number of batches of this rank in an epoch."""
         return len(self._stops)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin ``epoch`` at the next iteration, unless a loaded state stands in it or in a later one.
-
-        In a later one stands the shorter of two loaders, which has begun again within Lightning's epoch.
-        """
-        if epoch > self.epoch or not self._resumed:
+        """Begin ``epoch`` at the next iteration, unless it is the one in which a loaded state was taken."""
+        if epoch != self._set or not self._resumed:
             self.epoch, self._position, self._resumed = epoch, 0, False
+        self._set = epoch
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch, this rank's sample indices, int64)."""
@@ -103,7 +111,7 @@ class EpochOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and the number of batches of it that were given out."""
-        return {"epoch": self.epoch, "position": self._position, **self._shape()}
+        return {"epoch": self.epoch, "position": self._position, "set_epoch": self._set, **self._shape()}
 
     def _shape(self) -> dict[str, int]:
         return {"size": self.size, "batch_size": self.batch_size, "world_size": self.world_size, "seed": self.seed}
@@ -116,6 +124,7 @@ class EpochOrder:
         """
         check_same_data(state, self._shape())
         self.epoch, self._position, self._resumed = int(state["epoch"]), int(state["position"]), True
+        self._set = int(state.get("set_epoch", self.epoch))  # not in files of earlier versions
 
 
 def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
@@ -142,6 +151,16 @@ def check_batch_size(batch_size: int) -> None:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        UserError: If it is negative.
+    """
+    if seed < 0:
+        raise UserError(f"{name} is {seed}; it must be 0 or more")
+
+
 def shared_order(
     size: int, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool, rank: int, world_size: int
 ) -> EpochOrder:
@@ -150,8 +169,6 @@ def shared_order(
     Raises:
         UserError: If the batch or the samples cannot be shared out over the processes, or no batch is full.
     """
-    if batch_size % world_size:
-        raise UserError(f"batch_size is {batch_size}; it must divide by the {world_size} processes")
     if size < world_size:
         raise UserError(f"{size} samples cannot be shared by {world_size} processes")
     drop_last = shuffle and drop_last

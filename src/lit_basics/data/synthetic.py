@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_basics.data.arrays import ArrayDataModule, ImageArrays
-from lit_basics.data.order import generator
+from lit_basics.data.order import check_seed, generator
 from lit_basics.errors import UserError
 
 ORIENTATIONS = 5
@@ -45,6 +45,7 @@ class SyntheticCIFAR10(ArrayDataModule):
         for name, value in (("train_images", train_images), ("test_images", test_images)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        check_seed(image_seed, "image_seed")
         if noise < 0:
             raise UserError(f"noise is {noise}; it must be 0 or more grey levels")
         self.train_images, self.test_images = train_images, test_images
