@@ -27,7 +27,7 @@ class GradientMonitor(pl.Callback):
     Row n holds the gradients that made update n: unscaled, and before clipping. (A foreign module that clips
     in its own ``training_step``, in manual optimization, shows them clipped.) With LBFGS it is the gradient of
     the first evaluation of the step. Works in any Lightning project, in automatic and manual optimization and
-    on several processes; the rows go to the Trainer's loggers with one host sync every 100 steps.
+    on several processes; the rows go to the Trainer's loggers with one host sync every 100 steps, or every second.
 
     Args:
         every_n_steps: Steps between two rows.

@@ -24,7 +24,7 @@ class LastCheckpoint(Checkpoint):
     It is written at the end of an epoch (at most every 10 seconds), every 5 minutes within an epoch, and at the end of
     training; within the epoch if ``max_steps``, ``max_time`` or ``EarlyStopping`` ends it there, so that a resumed run
     does not leave out the rest. (``ModelCheckpoint(save_last=True)`` with a monitor writes only when the monitored
-    metric improves.) List it after ``BestLossCheckpoint``, so that it holds that one's newest record.
+    metric improves.) It goes behind all other callbacks, so that it holds the newest record of ``BestLossCheckpoint``.
 
     Args:
         dirpath: Folder of ``last.ckpt``.

@@ -34,7 +34,7 @@ class Preemption(Checkpoint):
     The exit code is 143 (SIGTERM), 130 (SIGINT, Ctrl-C) or 138 (SIGUSR1, which SLURM sends before the end of
     the time if asked to). All ranks stop at the same step if one gets the signal, and none leaves before the
     state is on the disk. A second Ctrl-C leaves at once. Handlers are installed while training runs, in the
-    main thread only. List it after ``last``.
+    main thread only. It goes behind all other callbacks.
 
     Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
     would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
