@@ -556,7 +556,10 @@ def test_nothing_to_validate_on(refused, trained):
 def test_a_checkpoint_of_a_run_that_is_done(refused, trained):
     """Without ``has_trained`` an empty directory is made, and the exit code is 0."""
     checkpoint = trained / "checkpoints" / "last.ckpt"
-    refused([*QUICK, *SMALL, "--ckpt_path", checkpoint], "stands at step 2, where this run would end", "max_epochs")
+    words = [*QUICK, *SMALL, "--ckpt_path", checkpoint]
+    refused(words, "stands at step 2, where this run would end", "max_epochs")
+    more = ["--trainer.max_epochs", "9", "--trainer.max_steps", "2"]
+    refused([*words, *more], "stands at step 2, where this run would end", "max_steps")
 
 
 @pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--run_dir", ""]])

@@ -215,6 +215,18 @@ def test_the_command_of_a_run_can_be_given_again(capsys):
     assert (run / "config.yaml").read_text().count("LearningRateMonitor") == 1
 
 
+@pytest.mark.parametrize("own", [[], ["--config", "more.yaml"]], ids=["overlay", "file"])
+def test_what_a_plus_appends_is_no_other_setting(own, tmp_path, capsys):
+    """Laid over the run's own config.yaml it is there twice: said to be another, or two callbacks of one kind."""
+    (tmp_path / "more.yaml").write_text("trainer: {callbacks+: [{class_path: lightning.pytorch.callbacks.Timer}]}")
+    words = [*SMALL, "--config", "tensorboard", *own, "--trainer.max_epochs", "1"]
+    run = fit(*words)
+    capsys.readouterr()
+    assert main(["fit", *words, "--run_dir", str(run), "--resume", "auto"]) == 0
+    assert "--config names" not in capsys.readouterr().out
+    assert main(["test", *words, "--run_dir", str(run)]) == 0
+
+
 def test_a_list_of_callbacks_that_is_typed_whole_is_taken_as_it_is():
     run = fit(*SMALL, "--trainer.callbacks", '["LossReport"]')
     words = ["--trainer.callbacks", '["GradientMonitor", "LossReport"]', "--trainer.max_epochs", "6"]

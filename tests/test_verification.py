@@ -435,6 +435,22 @@ def test_ranks_that_train_on_the_same_batches_fail():
     assert "both ranks train on the same batches: share the samples out by rank" in report["ddp"].text
 
 
+class Asks(Plain):
+    """Asks in its setup for the length of the training, which a validation has not."""
+
+    val_dataloader = None
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.total = self.trainer.estimated_stepping_batches
+
+
+def test_a_module_whose_setup_asks_for_the_training_is_validated():
+    """Given ``fit`` in a validation too it finds no training loader."""
+    report = verify(Asks(), loader(shuffle=True), loader(shuffle=False), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
 class FitOnly(pl.LightningDataModule):
     """Prepares its validation with its training, as a ``fit`` asks for."""
 
@@ -512,7 +528,13 @@ class Unused(Plain):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp_spawn_find_unused_parameters_true", DDPStrategy(find_unused_parameters=True)]
+    "strategy",
+    [
+        "ddp_spawn_find_unused_parameters_true",
+        DDPStrategy(find_unused_parameters=True),
+        DDPStrategy(find_unused_parameters=True, process_group_backend="nccl"),
+        DDPStrategy(find_unused_parameters=True, start_method="spawn"),
+    ],
 )
 def test_two_ranks_have_the_settings_of_the_strategy(strategy):
     """As "ddp" they end in "parameters that were not used"; a "ddp_spawn" would start ranks of its own."""

@@ -171,6 +171,19 @@ class Config(LightningCLI):
         self.datamodule: pl.LightningDataModule | None = objects.get("data")
         self.trainer_arguments: dict[str, Any] = dict(objects["trainer"])
 
+    def drop_repeated(self, saved: dict[str, Any]) -> None:
+        """Take out callbacks and loggers that a ``+`` appends as the saved ones: the words of the run, given again.
+
+        Args:
+            saved: The run's configuration, as :meth:`to_dict` returned it.
+        """
+        trainer = self.to_dict()["trainer"]
+        for key in ("callbacks", "logger"):
+            known, now = saved["trainer"].get(key), trainer.get(key)
+            if isinstance(known, list) and isinstance(now, list) and now[: len(known)] == known:
+                entries = enumerate(self.config.trainer[key])
+                self.config.trainer[key] = [entry for i, entry in entries if i < len(known) or now[i] not in known]
+
     def to_yaml(self) -> str:
         """Return the resolved configuration, itself valid for ``--config``, without the run's directory."""
         config = self.config.clone()

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_model
@@ -18,14 +19,16 @@ from lit_basics.words import config_names, option, path_option
 
 def evaluate(command: str, args: list[str]) -> None:
     """Validate, test or predict with a checkpoint, by default the best of the run in ``--run_dir``."""
-    directory = path_option(args, "--run_dir")
+    directory, run = path_option(args, "--run_dir"), None
     if directory is not None and option(args, "--model") is None:
         saved = Path(directory) / "config.yaml"
         if saved.is_file():
-            args = ["--config", str(saved), *args]
+            args, run = ["--config", str(saved), *args], yaml.safe_load(saved.read_text())
         elif not config_names(args):
             raise UserError(f"--run_dir {directory}: there is no run here (no config.yaml)")
     config = Config(args)
+    if run is not None:
+        config.drop_repeated(run)
     path = checkpoint_path(config.config.ckpt_path, directory)
     config.config.trainer.logger = False  # not even made: its package may be missing here
     config.build()

@@ -20,7 +20,7 @@ from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import is_restoring, load_weights, unloadable
-from lit_basics.config import Config, as_list, with_durable_checkpoints, with_progress_bar
+from lit_basics.config import PRINT, Config, as_list, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
@@ -61,11 +61,13 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
-        if ckpt_path and not config.resumed and not has_trained(trainer):
+        done = trainer.fit_loop.max_batches and not trainer.fast_dev_run and not has_trained(trainer)  # type: ignore[attr-defined]
+        if ckpt_path and not config.resumed and done:
             remove_traces(made)
+            longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
             raise UserError(
-                f"{ckpt_path} stands at step {trainer.global_step}, where this run would end: --trainer.max_epochs "
-                "makes it longer"
+                f"{ckpt_path} stands at step {trainer.global_step}, where this run would end: --trainer.{longer} makes "
+                "it longer"
             )
     except Preempted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
@@ -148,11 +150,11 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         (directory, checkpoint), made = found, []
         check_writable(directory)
         own = ["--config", str(directory / "config.yaml")]
-        # before the run's own, which seeds the process
-        typed = typed_settings([*own, *args]) if config_names(args) else {}
-        config = Config([*own, *without_configs(args)])
         saved = yaml.safe_load((directory / "config.yaml").read_text())
-        drop_repeated(config, saved)
+        # before the run's own, which seeds the process
+        typed = typed_settings([*own, *args], saved) if config_names(args) else {}
+        config = Config([*own, *without_configs(args)])
+        config.drop_repeated(saved)
         now = config.to_dict()
         config.optimizer_arguments = check_changes(saved, now, config.config.resume_reset)
         tell_of_unread(typed, flat(now))
@@ -169,20 +171,12 @@ def run_name(args: list[str]) -> str:
     return Path(names[0]).stem if names else (option(args, "--model") or "run").rpartition(".")[2]
 
 
-def drop_repeated(config: Config, saved: dict[str, Any]) -> None:
-    """Take out callbacks and loggers that ``+`` flags append as the saved ones: the command of the run, given again."""
-    trainer = config.to_dict()["trainer"]
-    for key in ("callbacks", "logger"):
-        known, now = saved["trainer"].get(key), trainer.get(key)
-        if isinstance(known, list) and isinstance(now, list) and now[: len(known)] == known:
-            entries = enumerate(config.config.trainer[key])
-            config.config.trainer[key] = [entry for i, entry in entries if i < len(known) or now[i] not in known]
-
-
-def typed_settings(args: list[str]) -> dict[str, Any]:
+def typed_settings(args: list[str], saved: dict[str, Any]) -> dict[str, Any]:
     """Return all settings that a run of this command would have, by dotted keys; none if they cannot be read."""
     try:
-        return flat(Config(args).to_dict())
+        config = Config([word for word in args if word != PRINT])
+        config.drop_repeated(saved)
+        return flat(config.to_dict())
     except UserError:  # the file may have gone
         return {}
 

@@ -449,10 +449,11 @@ class Grows(Faulty):
 
 
 @pytest.mark.filterwarnings(WARNINGS)
-def test_a_rollback_leaves_a_buffer_that_has_been_made_or_has_grown():
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_buffer_that_has_been_made_or_has_grown_is_left(policy):
     """By its name alone it is a KeyError, or another shape."""
     module = Grows("nan loss", {3, 30})
-    fitted = trainer(NonFiniteGuard("rollback", every_n_batches=EVERY))
+    fitted = trainer(NonFiniteGuard(policy, every_n_batches=EVERY))
     fitted.fit(module, batches(40))
     assert len(module.cache) == 41
 
@@ -464,7 +465,7 @@ class Ended(Checkpoint):
         self.ended += 1
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model|.*there is no last checkpoint|Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:.*was called without a model|.*there is no last checkpoint")
 def test_a_fault_is_the_end_though_another_callback_would_save_then(tmp_path):
     """A second error, of the refused save, cuts off what the callbacks after it have to do."""
     others = [ModelCheckpoint(tmp_path, save_on_exception=True), OnExceptionCheckpoint(tmp_path)]
@@ -474,8 +475,6 @@ def test_a_fault_is_the_end_though_another_callback_would_save_then(tmp_path):
         fitted.fit(Faulty("nan loss", {3}), batches(6))
     assert ended.ended == 1
     assert list(tmp_path.iterdir()) == []
-    assert all("on_exception" in vars(other) for other in others)
-    fitted.fit(Faulty(), batches(2))
     assert not any("on_exception" in vars(other) for other in others)
 
 

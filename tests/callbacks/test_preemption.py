@@ -96,6 +96,7 @@ def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     more = in_a_project(tmp_path, max_epochs=2)
     more.fit(LitBlitzNet(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert more.current_epoch == 2
+    more.fit(LitBlitzNet(), data)  # a second stage, over what this process has saved
 
 
 def test_a_kill_loses_little_and_the_run_goes_on(whole, tmp_path, monkeypatch):

@@ -322,11 +322,12 @@ def test_nothing_is_left_to_send(serve, path, part, beginning, requests, size):
 
 
 @pytest.mark.parametrize("bad", [portal, portal_without_length, breaking_off_without_range])
-def test_another_answer_does_not_cost_the_partial_file(serve, path, part, bad):
+@pytest.mark.parametrize("size", [SIZE, None])
+def test_another_answer_does_not_cost_the_partial_file(serve, path, part, bad, size):
     """Written anew at a 200, half of the file would be gone."""
     part.write_bytes(CONTENT[:HALF])
     good = serve(honest)
-    fetch(path, serve(bad).url, good.url)
+    fetch(path, serve(bad).url, good.url, size=size)
     assert path.read_bytes() == CONTENT
     assert good.ranges == [f"bytes={HALF}-"]
 

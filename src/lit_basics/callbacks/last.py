@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_basics.recording import compute_logged
@@ -15,7 +15,6 @@ MIN_SECONDS = 10.0
 """Epochs shorter than this do not each write a file; the end of training always does."""
 MAX_SECONDS = 300.0
 """Within an epoch that is longer than this there is a save as well."""
-AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
 class LastCheckpoint(Checkpoint):
@@ -73,9 +72,9 @@ class LastCheckpoint(Checkpoint):
         compute_logged(trainer)
         if self._ended_step == trainer.global_step:
             return
-        done = ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
-        if done and any(isinstance(c, AVERAGING) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            self.save(trainer)  # at the end of training they put the averages in the place of the weights
+        ends = trainer.should_stop or ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends and any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            self.save(trainer)  # at the end of training it puts the averages in the place of the weights
         else:
             self._save_if_older(trainer, MIN_SECONDS)
 

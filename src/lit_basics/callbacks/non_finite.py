@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -119,8 +119,6 @@ class NonFiniteGuard(pl.Callback):
         """Begin anew: a save before training starts, such as a search for a learning rate makes, is let pass."""
         if stage == TrainerFn.FITTING:
             self._begin()
-            for callback in trainer.checkpoint_callbacks:
-                vars(callback).pop("on_exception", None)  # of an earlier fit's fault
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose how to look, and take the first snapshot.
@@ -229,7 +227,7 @@ class NonFiniteGuard(pl.Callback):
         if isinstance(exception, NonFiniteError):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-                    vars(callback)["on_exception"] = lambda *_: None
+                    _pass_over(callback)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -397,9 +395,7 @@ class NonFiniteGuard(pl.Callback):
                 parameter.grad = None
         if self.policy == "rollback":
             self._undo = True  # once the optimizer and others of this batch have done with it
-        for name, buffer in pl_module.named_buffers():
-            if name in self._buffers:
-                buffer.copy_(self._buffers[name])
+        _copy_back(pl_module.named_buffers(), self._buffers)
 
     def _keep_buffers(self, pl_module: pl.LightningModule) -> None:
         if self.policy == "skip":
@@ -420,10 +416,7 @@ class NonFiniteGuard(pl.Callback):
         self._undo = False
         self._steps = []
         self._losses.clear()
-        for name, value in _weights(pl_module):
-            kept = self._snapshot["weights"].get(name)
-            if kept is not None and kept.shape == value.shape:  # it may have been made since
-                value.copy_(kept)
+        _copy_back(_weights(pl_module), self._snapshot["weights"])
         for optimizer, state in zip(trainer.optimizers, self._snapshot["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": groups})
@@ -436,6 +429,21 @@ class NonFiniteGuard(pl.Callback):
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def _pass_over(callback: pl.Callback) -> None:
+    """Let the next call of a callback's ``on_exception`` do nothing."""
+
+    def once(*_: Any) -> None:
+        del vars(callback)["on_exception"]
+
+    vars(callback)["on_exception"] = once
+
+
+def _copy_back(values: Iterable[tuple[str, Tensor]], kept: dict[str, Tensor]) -> None:
+    for name, value in values:
+        if name in kept and kept[name].shape == value.shape:  # it may have been made since
+            value.copy_(kept[name])
 
 
 def _with_gradients(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -62,8 +62,8 @@ class Preemption(Checkpoint):
             Preempted: If Lightning's have caught a SIGTERM; there is no new state to save.
             UserError: If SLURM has started this job anew, and it does not go on from the state that is saved.
         """
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and self._last.path.exists():
-            path = self._last.path
+        path, own = self._last.path, self._last.best_model_path  # of an earlier fit of this process
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and not own and path.exists():
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._interrupted_at = 0, float("inf")
         if threading.current_thread() is threading.main_thread():

@@ -31,8 +31,8 @@ class RandomState(pl.Callback):
         """Put the states of all ranks into the checkpoint; every rank must be here, as in any save."""
         states = [generator_states()]
         # world_size stays after a training in processes that were spawned, and the processes do not
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [{} for _ in range(torch.distributed.get_world_size())]
+        if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(states, generator_states())
         checkpoint["random_state"] = states
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_basics.errors import UserError
 from lit_basics.files import file_sha256
@@ -159,6 +159,8 @@ def _extend(part: Path, url: str, size: int | None, timeout: float) -> None:
                     report = time.monotonic() + REPORT_SECONDS
             file.flush()
             os.fsync(file.fileno())
+            if known:
+                raise _MirrorError("sent less than what is there already")
             if total is not None and file.tell() < total:
                 raise _MirrorError(f"broke off after {file.tell()} of {total} bytes")
 

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_basics.verification.plain_loop import plain_loop
 from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
@@ -239,7 +240,8 @@ class Subject:
         several = {"devices": ranks, "strategy": self.ddp_strategy()} if ranks > 1 else {}
         trainer = self.trainer(folder, RANK_STEPS, [seen], limit_val_batches=1.0, **several)
         self.double_odd_batches()
-        for owner in self.owners():
+        loads = [owner for owner in self.owners() if is_overridden("val_dataloader", owner)]
+        for owner in loads[-1:]:  # the DataModule's wins
             owner.setup = partial(as_for_fit, owner.setup)  # type: ignore[method-assign]
         trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
         return seen.seen, {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -251,8 +253,8 @@ class Subject:
     def ddp_strategy(self) -> str | DDPStrategy:
         """Return DistributedDataParallel with the user's settings of it, for processes that are there already."""
         strategy = self.arguments.get("strategy")
-        if type(strategy) is DDPStrategy:
-            return strategy
+        if type(strategy) is DDPStrategy:  # Lightning's private name of the settings: not the backend, of a GPU
+            return DDPStrategy(**strategy._ddp_kwargs)
         if isinstance(strategy, str) and strategy.startswith("ddp"):
             return re.sub("_(spawn|fork|notebook)", "", strategy)
         return "ddp"
