@@ -224,7 +224,7 @@ def test_what_a_plus_appends_is_no_other_setting(own, tmp_path, capsys):
     capsys.readouterr()
     assert main(["fit", *words, "--run_dir", str(run), "--resume", "auto"]) == 0
     assert "--config names" not in capsys.readouterr().out
-    assert main(["test", *words, "--run_dir", str(run)]) == 0
+    assert main(["test", "--run_dir", str(run), *(own or ["--config", "tensorboard"])]) == 0
 
 
 def test_a_list_of_callbacks_that_is_typed_whole_is_taken_as_it_is():

@@ -67,9 +67,8 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def in_a_project(folder, **settings):
+def in_a_project(saver, **settings):
     """A Trainer with our callbacks alone, in the order in which they should not be."""
-    saver = LastCheckpoint(str(folder))
     return pl.Trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, **settings},
         callbacks=[Preemption(saver), saver],
@@ -80,7 +79,7 @@ def in_a_project(folder, **settings):
 def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
     """Put back only at teardown they are Lightning's, which do nothing but take note: SIGTERM ends nothing."""
     before = [signal.getsignal(number) for number in NUMBERS]
-    fitted = in_a_project(tmp_path)
+    fitted = in_a_project(LastCheckpoint(str(tmp_path)))
     fitted.fit(LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16))
     assert [signal.getsignal(number) for number in NUMBERS] == before
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
@@ -90,13 +89,14 @@ def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     """Without the refusal it trains from step 0 and writes over ``last.ckpt``, each time that it is requeued."""
     data = SyntheticCIFAR10(64, 16, batch_size=16)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    in_a_project(tmp_path).fit(LitBlitzNet(), data)  # a first start that was killed before it saved
+    in_a_project(LastCheckpoint(str(tmp_path))).fit(LitBlitzNet(), data)  # the first start was killed before it saved
+    saver = LastCheckpoint(str(tmp_path))
     with pytest.raises(UserError, match=r"was requeued, but would begin anew and write over .*last.ckpt"):
-        in_a_project(tmp_path).fit(LitBlitzNet(), data)
-    more = in_a_project(tmp_path, max_epochs=2)
+        in_a_project(saver).fit(LitBlitzNet(), data)
+    more = in_a_project(saver, max_epochs=2)
     more.fit(LitBlitzNet(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert more.current_epoch == 2
-    more.fit(LitBlitzNet(), data)  # a second stage, over what this process has saved
+    in_a_project(saver).fit(LitBlitzNet(), data)  # a second stage, over what this process has saved
 
 
 def test_a_kill_loses_little_and_the_run_goes_on(whole, tmp_path, monkeypatch):
