@@ -161,7 +161,7 @@ def checksum_path(path: Path) -> Path:
 
 
 def _name_beside(path: Path) -> str:
-    """Return what the names of the files beside begin with: in ``hpc_ckpt_1.ckpt.256`` Lightning reads a number."""
+    """Return what the names of the files beside begin with: in ``hpc_ckpt_1.ckpt.sha256`` Lightning reads 1256."""
     return path.name.replace("hpc_ckpt_", "hpc-")
 
 

@@ -80,14 +80,11 @@ class StepsInBetween:
         return iterator
 
     def _batches(self, batches: Iterator[Any], trains: Callable[[], bool]) -> Iterator[Any]:
-        step = None
+        if not trains():  # a callback's, or the module's, that looks at some batches
+            yield from batches
+            return
+        step = Step(self.module)
         for batch in batches:
-            if step is None:
-                if not trains():  # a callback's, or the module's, that looks at some batches
-                    yield batch
-                    yield from batches
-                    return
-                step = Step(self.module)
             if step.is_lightnings():
                 yield batch
             else:

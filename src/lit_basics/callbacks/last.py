@@ -39,7 +39,7 @@ class LastCheckpoint(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Go behind all other callbacks: the best is for them to say."""
-        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
+        go_behind(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -104,6 +104,11 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
         self.best_model_path = str(self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def go_behind(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Put a callback behind all others of the Trainer."""
+    trainer.callbacks = [*(c for c in trainer.callbacks if c is not callback), callback]  # type: ignore[attr-defined]
 
 
 def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
+from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary, go_behind
 from lit_basics.errors import UserError
 from lit_basics.recording import compute_logged
 
@@ -53,7 +53,7 @@ class Preemption(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go behind all other callbacks, also behind ``last``, which has gone behind the others at its setup."""
-        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
+        go_behind(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the handlers; Lightning has installed its own before.
@@ -110,10 +110,6 @@ class Preemption(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the earlier handlers back: Lightning's, which puts back those before its own later on."""
-        self._restore()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the earlier handlers back."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
