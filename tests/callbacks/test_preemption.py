@@ -77,10 +77,17 @@ def in_a_project(saver, **settings):
 
 
 def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
-    """Put back only at teardown they are Lightning's, which do nothing but take note: SIGTERM ends nothing."""
+    """Put back at teardown they are Lightning's, which do nothing but take note: SIGTERM ends nothing. Put back by
+    Lightning alone, a Ctrl-C is passed over from the last step on."""
+
+    class Ends(LitBlitzNet):
+        def on_train_end(self):
+            self.at_the_end = signal.getsignal(signal.SIGINT)
+
     before = [signal.getsignal(number) for number in NUMBERS]
-    fitted = in_a_project(LastCheckpoint(str(tmp_path)))
-    fitted.fit(LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16))
+    fitted, module = in_a_project(LastCheckpoint(str(tmp_path))), Ends()
+    fitted.fit(module, SyntheticCIFAR10(64, 16, batch_size=16))
+    assert module.at_the_end == before[1]
     assert [signal.getsignal(number) for number in NUMBERS] == before
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
 
