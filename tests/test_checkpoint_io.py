@@ -11,8 +11,9 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from lit_basics import DurableCheckpointIO, UserError
+from lit_basics import DurableCheckpointIO, UserError, checkpoint_io
 from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, copied, previous_path
+from lit_basics.nested import tensors_in
 
 
 def checkpoint(value):
@@ -156,6 +157,74 @@ def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     table.zero_()
     assert copy["table"][0][2, 3] == 11
     assert copy["lr"] == 0.1
+
+
+def test_a_copy_is_made_in_the_memory_of_the_one_before():
+    def state(value):
+        weights = {"a": torch.full((3, 4), value), "b": torch.full((4, 3), value).t(), "c": torch.full((2,), value)}
+        trained = torch.full((2,), value, requires_grad=True)
+        # two places of one name
+        return {"weights": weights, "trained": trained, "on": {"e": torch.zeros(2)}, "o": {"ne": torch.ones(2)}}
+
+    memory = {}
+    first = copied(state(1.0), memory)
+    later = state(2.0)
+    later["weights"]["c"] = torch.full((3,), 2.0)
+    second = copied(later, memory)
+    places = [[t.data_ptr() for _, t in tensors_in(copy)] for copy in (first, second)]
+    assert [a == b for a, b in zip(*places, strict=True)][:4] == [True, True, False, True]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_in(second), tensors_in(later), strict=True))
+
+
+def test_what_the_thread_still_reads_is_not_written_over(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    real = checkpoint_io.write_state
+    memory = []
+
+    def slow(path, state):
+        memory.append(state["state_dict"]["weight"].data_ptr())
+        begun.set()
+        assert go_on.wait(30)
+        real(path, state)
+
+    monkeypatch.setattr(checkpoint_io, "write_state", slow)
+    io = DurableCheckpointIO(asynchronous=True)
+    go_on.set()
+    for value in (1, 2):
+        io.save_checkpoint(checkpoint(value), tmp_path / "a.ckpt")
+        io.flush()
+    assert memory[0] == memory[1]
+    go_on.clear()
+    begun.clear()
+    io.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")
+    assert begun.wait(30)
+    released = threading.Timer(0.2, go_on.set)  # after the next save has made its copy
+    released.start()
+    io.save_checkpoint(checkpoint(4), tmp_path / "b.ckpt")
+    io.teardown()
+    for name, value in (("a", 3), ("b", 4)):
+        assert torch.equal(
+            io.load_checkpoint(tmp_path / f"{name}.ckpt")["state_dict"]["weight"], torch.full((50,), value * 1.0)
+        )
+
+
+def test_a_write_that_is_waited_for_is_in_flight_after_an_interrupt(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(checkpoint_io, "write_state", lambda *_: go_on.wait(30))
+    io = DurableCheckpointIO(asynchronous=True)
+    io.save_checkpoint(checkpoint(1), tmp_path / "a.ckpt")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            io.flush()
+    assert io._in_flight is not None
+    go_on.set()
+    io.teardown()
+    assert io._in_flight is None
 
 
 def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
