@@ -260,7 +260,7 @@ def test_settings_are_put_back(fails, monkeypatch):
         fit(model, images(), ProcessSettings(onednn=False, keep_memory=True), Look(), max_epochs=1)
     assert seen == [(1, False)]
     assert torch.backends.mkldnn.enabled
-    assert calls == [process_settings.KEEP, process_settings.GLIBC_DEFAULTS]
+    assert calls == [process_settings.KEEP, process_settings.USUAL]
 
 
 FAULTS = """
@@ -286,6 +286,33 @@ def test_kept_memory_is_not_asked_for_again():
     usual, kept = map(int, done.stdout.split())
     assert usual >= 50
     assert kept <= usual / 10
+
+
+CHURN = """
+import ctypes, resource, sys, torch
+from lit_basics.callbacks.process_settings import KEEP, USUAL, set_malloc
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        [torch.ones(2_000_000) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "after":
+    for values in (KEEP, USUAL):
+        set_malloc(ctypes.CDLL("libc.so.6"), values)
+faults()
+print(faults())
+"""
+
+
+def test_a_process_is_as_quick_after_memory_was_kept():
+    """150 tensors of 8 MB; with the thresholds of glibc's start each is asked for again, 2000 pages."""
+    never, after = (
+        int(subprocess.run([sys.executable, "-c", CHURN, when], capture_output=True, text=True, check=True).stdout)
+        for when in ("never", "after")
+    )
+    assert after <= never + 2000
 
 
 def test_memory_is_kept_with_the_same_weights():

@@ -427,6 +427,54 @@ def test_batches_of_other_lengths_on_each_rank_cannot_be_compared():
     assert "the ranks' batches cannot be put together into one: Sizes of tensors must match" in report["ddp"].text
 
 
+class PadsValidation(Plain):
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        return super().validation_step((x.mean(1), y), batch_idx)
+
+    def val_dataloader(self):
+        x, y = super().val_dataloader().dataset.tensors
+        return DataLoader(TensorDataset(x, y, torch.arange(len(x))), batch_size=8, collate_fn=padded)
+
+
+def test_validation_samples_that_are_padded_in_their_batch_are_not_counted():
+    """Otherwise two ranks repeat and miss nearly all of them."""
+    report = verify(PadsValidation(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert "validation samples are others in other batches (padding, random draws): not counted" in report["ddp"].text
+
+
+class WithScale(Plain):
+    """A number for all samples of a batch comes first."""
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step(batch[1:], batch_idx)
+
+    def val_dataloader(self):
+        def collate(samples):
+            return torch.tensor(2.0), *map(torch.stack, zip(*samples, strict=True))
+
+        return DataLoader(super().val_dataloader().dataset, batch_size=8, collate_fn=collate)
+
+
+def test_a_number_of_the_whole_batch_is_no_sample():
+    report = verify(WithScale(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert "each of 64 validation samples counted once" in report["ddp"].text
+
+
+class Transfers(Plain):
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        x, y = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return x / 3, y
+
+
+def test_a_module_that_transfers_its_batches_itself_passes():
+    """Without the hook in the plain loop, or with it in the replay of the ranks' batches, they are other ones."""
+    report = verify(Transfers(samples=64), loader(shuffle=True), checks=["loop", "ddp"], **EXACT)
+    assert outcomes(report) == {"loop": "passed", "ddp": "passed"}, str(report)
+
+
 def test_ranks_that_train_on_the_same_batches_fail():
     """Without the comparison of the ranks' first batches only the validation is blamed: equal gradients agree."""
     settings = {**EXACT, "use_distributed_sampler": False}
@@ -561,6 +609,62 @@ def test_workers_are_seeded_in_the_plain_loop_too(monkeypatch):
     data = DataLoader(Augmented(*loader(shuffle=False).dataset.tensors), batch_size=8, num_workers=2)
     report = verify(Plain(), data, checks=["loop"], steps=4, **EXACT)
     assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+def test_overfit_batches_is_left_out():
+    """It takes the place of ``limit_train_batches``."""
+    report = verify(Plain(), loader(shuffle=False), checks=["loop"], steps=6, overfit_batches=1, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+def test_loaders_made_anew_have_no_plain_loop():
+    settings = {**EXACT, "reload_dataloaders_every_n_epochs": 1}
+    report = verify(Plain(), loader(shuffle=False), checks=["loop"], steps=4, **settings)
+    assert outcomes(report) == {"loop": "not applicable"}, str(report)
+    assert "reload_dataloaders_every_n_epochs" in report["loop"].text
+
+
+class DrawsDefault(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return super().training_step((x + 0.01 * torch.rand(x.shape), y), batch_idx)
+
+
+def test_another_default_dtype_holds_in_the_plain_loop_too():
+    """In float32 it draws other numbers."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        module, (x, y) = DrawsDefault(), loader(shuffle=False).dataset.tensors
+        data = DataLoader(TensorDataset(x.double(), y), batch_size=8)
+        report = verify(module, data, checks=["loop"], steps=4, **EXACT)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+def test_runs_ask_for_no_gpu_of_their_parent(monkeypatch):
+    """The Trainer asks for the random state of every GPU there is, which a forked process cannot have."""
+
+    def refuse(*_):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda.random, "get_rng_state", refuse)
+    report = verify(Plain(), loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+def test_images_are_prepared_without_the_trainer_of_an_earlier_fit():
+    class Prepared(SyntheticCIFAR10):
+        def setup(self, stage):
+            assert self.trainer is None
+            super().setup(stage)
+
+    data = Prepared(train_images=64, test_images=8)
+    data.trainer = trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    verify(LitBlitzNet(), datamodule=data, checks=["loop"], steps=4, **EXACT)
+    assert data.trainer is trainer
 
 
 def test_sigterm_leaves_no_folder_and_no_process(tmp_path):

@@ -162,3 +162,10 @@ def test_python_use_without_a_trainer():
     x, y = next(iter(data.train_dataloader()))
     assert x.shape == (8, 3, 32, 32)
     assert y.shape == (8,)
+
+
+def test_one_of_mean_and_std_may_be_an_array():
+    data = ready(Numbered(8, mean=np.array([0.5])))
+    measured = ready(Numbered(8))
+    assert float(data.normalize.mean.flatten()) == 0.5
+    assert torch.equal(data.normalize.std, measured.normalize.std)

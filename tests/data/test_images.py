@@ -75,6 +75,7 @@ def test_cut_out_zeroes_one_square():
         v2.RandomApply([v2.Resize(28)]),
         v2.RandomChoice([v2.Resize(28), v2.Resize(30)]),
         transforms.RandomCrop(28),
+        transforms.RandAugment(),
         transforms.ColorJitter(0.5),
     ],
 )

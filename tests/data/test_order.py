@@ -88,7 +88,7 @@ def test_without_set_epoch_each_iteration_begins_the_next_epoch():
         assert epoch(order) == epoch(other)
 
 
-@pytest.mark.parametrize("stop", range(9))
+@pytest.mark.parametrize("stop", range(17))
 def test_resumes_after_any_batch(stop):
     whole = EpochOrder(50, 7, shuffle=True)
     batches = epoch(whole) + epoch(whole)
@@ -97,7 +97,7 @@ def test_resumes_after_any_batch(stop):
     seen = [next(iterator)[1].tolist() for _ in range(min(stop, 8))]
     if stop > 8:
         iterator = iter(order)
-        seen += [next(iterator)[1].tolist()]
+        seen += [next(iterator)[1].tolist() for _ in range(stop - 8)]
     resumed = EpochOrder(50, 7, shuffle=True)
     resumed.load_state_dict(order.state_dict())
     seen += epoch(resumed)

@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, see its manual page."""
-GLIBC_DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}
 KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
+USUAL = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 65536}
+"""Where glibc's own thresholds end in a process that frees large tensors: they rise with what is freed, and any call of
+mallopt ends that, so that those of its start would stay."""
 
 
 class ProcessSettings(pl.Callback):
@@ -46,7 +48,7 @@ class ProcessSettings(pl.Callback):
             except (OSError, AttributeError):
                 rank_zero_warn(f"keep_memory is for glibc; it does nothing on {sys.platform}")
             else:
-                self._undo.append(lambda: set_malloc(libc, GLIBC_DEFAULTS))
+                self._undo.append(lambda: set_malloc(libc, USUAL))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put them back."""

@@ -217,7 +217,8 @@ class ArrayDataModule(pl.LightningDataModule):
         mean, std = self.mean, self.std
         if mean is None or std is None:
             measured_mean, measured_std = channel_statistics(arrays.x_train, train)
-            mean, std = mean or measured_mean, std or measured_std
+            mean = measured_mean if mean is None else mean
+            std = measured_std if std is None else std
         self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
         return arrays, train, held_out
 

@@ -121,6 +121,7 @@ def is_random(transform: object) -> bool:
             "Random",
             "ColorJitter",
             "AutoAugment",
+            "RandAugment",
             "TrivialAugment",
             "AugMix",
             "ElasticTransform",

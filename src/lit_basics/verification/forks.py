@@ -168,6 +168,8 @@ def _child(
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         random.setstate(state)
         torch.set_num_threads(1)  # a forked process has none of its parent's threads
+        # nor its CUDA, which the Trainer, on the CPU too, would ask for its random state
+        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
         warnings.simplefilter("ignore")
         logging.disable()
         message: tuple[str, Any]

@@ -24,6 +24,7 @@ from lit_basics.modules import LitSupervised
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 PRECISIONS = ("32-true", "bf16-mixed", *DTYPES)
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 """The precisions that the loop has."""
 
 
@@ -165,11 +166,12 @@ def forward_context(precision: str) -> Iterator[None]:
         with torch.autocast("cpu", torch.bfloat16):
             yield
     else:
-        torch.set_default_dtype(DTYPES.get(precision, torch.float32))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES.get(precision, before))
         try:
             yield
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(before)
 
 
 def clipped(loss: Any, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None, algorithm: str) -> Any:
@@ -262,9 +264,10 @@ def transferred(
 
     if dtype is not None:
         batch = apply_to_collection(batch, Tensor, cast)
-    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+    for name in TRANSFER_HOOKS:
         owner = datamodule if datamodule is not None and is_overridden(name, datamodule) else module
-        batch = getattr(owner, name)(batch, 0)
+        device = [torch.device("cpu")] if name == "transfer_batch_to_device" else []
+        batch = getattr(owner, name)(batch, *device, 0)
     return batch
 
 

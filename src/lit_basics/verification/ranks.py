@@ -165,7 +165,7 @@ class Samples(pl.Callback):
     ) -> None:
         """Count the batch's samples."""
         tensors: list[Tensor] = []
-        apply_to_collection(batch, Tensor, lambda value: tensors.append(value))
-        tensors = [value for value in tensors if value.ndim and len(value) == len(tensors[0])]
+        apply_to_collection(batch, Tensor, lambda value: tensors.append(value) if value.ndim else None)
+        tensors = [value for value in tensors if len(value) == len(tensors[0])]
         for sample in zip(*tensors, strict=True):
             self.seen[f"{dataloader_idx} {digest(list(sample))}"] += 1

@@ -15,12 +15,17 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lit_basics.verification.plain_loop import plain_loop
+from lit_basics.verification.plain_loop import TRANSFER_HOOKS, NotApplicable, plain_loop
 from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
 from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
 
 Report = Callable[[int], None]
 """Tells the parent process of a step; the same first argument in each kind of run."""
+LEFT_OUT = (
+    *("max_time", "min_epochs", "min_steps", "fast_dev_run", "overfit_batches", "profiler", "barebones"),
+    "model_registry",
+)
+"""The Trainer's arguments that no run is given."""
 RANK_STEPS = 5
 """Optimizer steps on two ranks: rounding in another order grows with each."""
 
@@ -95,7 +100,7 @@ class Subject:
         interval = given.get("val_check_interval", 1.0)
         if (isinstance(interval, int) and interval > limit) or (isinstance(interval, float) and interval * limit < 1):
             given["val_check_interval"] = 1.0 if given.get("check_val_every_n_epoch", 1) else limit
-        for name in ("max_time", "min_epochs", "min_steps", "fast_dev_run", "profiler", "barebones", "model_registry"):
+        for name in LEFT_OUT:
             given.pop(name, None)
         wanted = given.get("limit_val_batches", 1.0)
         settings = {
@@ -171,6 +176,8 @@ class Subject:
         Raises:
             NotApplicable: If the module has none.
         """
+        if self.arguments.get("reload_dataloaders_every_n_epochs"):
+            raise NotApplicable("reload_dataloaders_every_n_epochs makes loaders anew, which only a Trainer does")
         folder.mkdir()
         trace = Trace(folder)
         trainer = self.trainer(folder, self.steps, [])  # knows the settings in their final form
@@ -225,8 +232,8 @@ class Subject:
         recorder = Recorder()
         trainer = self.short_trainer(folder, recorder, precision)
         for owner in self.owners():  # the batches have been through these hooks
-            for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
-                setattr(owner, name, lambda batch, dataloader_idx: batch)
+            for name in TRANSFER_HOOKS:
+                setattr(owner, name, lambda batch, *_: batch)
         if self.datamodule is None or self.train_dataloaders is not None:
             trainer.fit(self.model, Replay(epochs))
         else:  # with it, for what asks the Trainer for its DataModule
