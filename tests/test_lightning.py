@@ -6,19 +6,22 @@ import sys
 from datetime import timedelta
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import Rows, fit, metrics
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_basics import (
     DurableCheckpointIO,
     GradientMonitor,
     LitBlitzNet,
     LitClassifier,
+    LitLeNet5,
     NonFiniteGuard,
     RandomState,
     SyntheticCIFAR10,
@@ -324,6 +327,123 @@ def test_a_search_before_training_changes_nothing(mode, finder):
     assert steps == expected_steps == 8
     assert torch.equal(weight, expected_weight)
     assert table == expected
+
+
+def test_a_search_for_a_learning_rate_tries_the_same_in_each_mode():
+    """With the module's own interval for Lightning's scheduler it tries one rate only."""
+    found = []
+    for mode in ({}, {"automatic_optimization": False}, {"steps_per_execution": 3}):
+        finder = Tuner(trainer()).lr_find(
+            LitClassifier(small_net(), **mode), datamodule=data(), num_training=5, update_attr=False
+        )
+        found.append(finder.results)
+    assert len(set(found[0]["lr"])) == 5
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_stochastic_weight_averaging_falls_by_epochs_in_both_modes():
+    """Its scheduler is of epochs, whatever that of the module is of."""
+    found = []
+    for mode in ({}, {"automatic_optimization": False}):
+        swa = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=3)
+        module = LitClassifier(
+            small_net(), lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3), lr_interval="step", **mode
+        )
+        trainer(callbacks=[swa], max_epochs=4).fit(module, data())
+        found.append(module.net[1].weight)
+    assert torch.equal(*found)
+
+
+class Dropping(SyntheticCIFAR10):
+    """A loader that has lost two batches, as a ``collate_fn`` that leaves out broken samples does."""
+
+    def train_dataloader(self):
+        batches = list(super().train_dataloader())
+        kept = [None if index in (1, len(batches) - 1) else batch for index, batch in enumerate(batches)]
+        return DataLoader(kept, batch_size=None)
+
+
+class Leaving(LitClassifier):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 2 else None
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize(("kind", "images"), [(Leaving, SyntheticCIFAR10), (LitClassifier, Dropping)])
+def test_an_epoch_cut_short_and_lost_batches_step_the_schedulers_alike(kind, images, interval):
+    found = []
+    for mode in ({}, {"automatic_optimization": False}, {"steps_per_execution": 3}):
+        if kind is Leaving and "steps_per_execution" in mode:
+            continue  # refused
+        module = kind(
+            small_net(), lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5), lr_interval=interval, **mode
+        )
+        fitted = trainer(max_epochs=3)
+        fitted.fit(module, images(60, 20, batch_size=10, val_size=20))
+        found.append((module.net[1].weight, fitted.optimizers[0].param_groups[0]["lr"], fitted.global_step))
+    assert found[0][1] < 0.01
+    for weight, rate, steps in found[1:]:
+        assert (rate, steps) == found[0][1:]
+        assert torch.equal(weight, found[0][0])
+
+
+def test_an_optimizer_that_is_made_in_the_default_dtype_is_so_in_both_modes():
+    """In float64, where a step's forward is, NAdam's product of momenta is another."""
+    found = []
+    for mode in ({}, {"automatic_optimization": False}, {"steps_per_execution": 8}):
+        module = LitClassifier(small_net(), optimizer=torch.optim.NAdam, **mode)
+        trainer(precision="64-true").fit(module, data())
+        found.append(module.net[1].weight)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_an_own_zero_grad_is_refused_in_manual_mode():
+    class Own(LitClassifier):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            pass
+
+    Own(small_net())
+    with pytest.raises(UserError, match="overrides optimizer_zero_grad"):
+        Own(small_net(), automatic_optimization=False)
+
+
+class PassesOn(LitLeNet5):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Mixin:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Mixed(Mixin, LitLeNet5):
+    pass
+
+
+@pytest.mark.parametrize("kind", [PassesOn, Mixed])
+def test_arguments_without_a_name_come_back_from_a_checkpoint(kind, tmp_path):
+    module = kind(10, 3, "relu", pooling="max")
+    fitted = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fitted.fit(module, data())
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    again = kind.load_from_checkpoint(tmp_path / "a.ckpt")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module(x), again(x))
+
+
+class Weighted(LitClassifier):
+    def __init__(self, weights, scale=1.0, rates=(), **kwargs):
+        super().__init__(small_net(), criterion=nn.CrossEntropyLoss(torch.tensor(weights)), **kwargs)
+
+
+def test_numbers_of_numpy_are_kept_and_arrays_do_no_harm():
+    module = Weighted(np.ones(10, np.float32), scale=np.float64(0.5), rates=[np.float32(0.25), 1])
+    assert module.hparams == {"scale": 0.5, "rates": [0.25, 1]}
+    assert type(module.hparams["scale"]) is float
 
 
 def test_rows_stand_in_order_whoever_logs(tmp_path):

@@ -241,6 +241,53 @@ def test_bad_arguments():
         SpeedOptimizer(nn.Linear(2, 2).parameters())
 
 
+def smooth(count):
+    """Images whose neighbouring pixels are nearly alike, as those of photographs: the spectrum falls by 1/f."""
+    frequencies = torch.fft.fftfreq(32).abs()
+    radius = (frequencies[:, None] ** 2 + frequencies**2).sqrt().clamp_min(1 / 32)
+    noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.fft.ifft2(torch.fft.fft2(noise) / radius**2).real
+    return x / x.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_whitening_is_as_precise_within_autocast(dtype):
+    """In bfloat16 the smallest eigenvalues are below 0; in float16 sums are infinite."""
+    x = smooth(64)
+    expected = patch_covariance(x)
+    assert torch.linalg.eigvalsh(expected).min() > 0
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(patch_covariance(x), expected)
+    net = SpeedNet(widths=WIDTHS)
+    net.whiten_(patch_covariance(x.bfloat16()) - 1e-3 * torch.eye(12))  # as rounding may leave it
+    assert net.whiten.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_trains_in_bfloat16_of_the_trainer(precision):
+    class Smooth(SyntheticCIFAR10):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return smooth(len(batch[0])).to(batch[0].dtype), batch[1]
+
+    model, data = LitSpeedNet(widths=WIDTHS), Smooth(IMAGES, 20, batch_size=BATCH, val_size=0)
+    fit(model, data, max_epochs=1, precision=precision, limit_val_batches=0)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 9, "max_steps": 15}, {"max_epochs": 5}])
+def test_the_whitenings_rate_is_0_after_three_epochs(length):
+    rates = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(LitSpeedNet(widths=WIDTHS), images(), Look(), **length)  # of three steps an epoch
+    assert min(rates[:8]) > 0
+    assert rates[8:] == [0] * (len(rates) - 8)
+    assert len(rates) > 9
+
+
 class Failing(LitSpeedNet):
     def compute_loss(self, batch, batch_idx):
         raise ZeroDivisionError

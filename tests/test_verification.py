@@ -651,8 +651,9 @@ def test_runs_ask_for_no_gpu_of_their_parent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda.random, "get_rng_state", refuse)
-    report = verify(Plain(), loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
-    assert outcomes(report) == {"loop": "passed"}, str(report)
+    data = SyntheticCIFAR10(64, 8, batch_size=8)  # with a validation, before whose trial it asks
+    report = verify(LitBlitzNet(), datamodule=data, checks=["resume"], steps=4, **EXACT)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
 
 
 def test_images_are_prepared_without_the_trainer_of_an_earlier_fit():

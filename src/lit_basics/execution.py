@@ -85,7 +85,7 @@ class StepsInBetween:
             return
         step = Step(self.module)
         for batch in batches:
-            if step.is_lightnings():
+            if batch is None or step.is_lightnings():  # Lightning passes over None
                 yield batch
             else:
                 step.make(batch)
@@ -209,7 +209,7 @@ class Counters:
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._loop = trainer.fit_loop.epoch_loop
+        self._trainer, self._loop = trainer, trainer.fit_loop.epoch_loop
         self._batches = self._loop.batch_progress
         self._steps = self._loop.manual_optimization.optim_step_progress
 
@@ -242,8 +242,9 @@ class Counters:
         self._steps.increment_completed()
 
     def mark_last_batch(self) -> None:
-        """Let ``trainer.is_last_batch`` be true: Lightning has counted the batches that it handled alone."""
-        self._batches.increment_by(0, is_last_batch=True)
+        """Let ``trainer.is_last_batch`` be true of an epoch's last: Lightning has counted those it handled alone."""
+        if self._batches.current.ready == self._trainer.num_training_batches:
+            self._batches.increment_by(0, is_last_batch=True)
 
 
 def is_lightnings_own(trainer: pl.Trainer, iterator: Iterator[Any]) -> bool:
@@ -383,10 +384,9 @@ def step_schedulers(module: LitSupervised, interval: str) -> None:
     But those of a ``ReduceLROnPlateau``, which are stepped after metrics are logged, by
     :class:`~lit_basics.hooks.TrainingHooks`.
     """
-    if interval != module.lr_interval:
-        return
     trainer = module.trainer
     for config in trainer.lr_scheduler_configs:
         counter = 1 + (trainer.fit_loop.batch_idx if interval == "step" else trainer.current_epoch)
-        if not isinstance(config.scheduler, ReduceLROnPlateau) and counter % config.frequency == 0:
+        plateau = isinstance(config.scheduler, ReduceLROnPlateau)
+        if config.interval == interval and not plateau and counter % config.frequency == 0:
             module.lr_scheduler_step(config.scheduler, None)

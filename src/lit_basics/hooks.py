@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lit_basics.errors import UserError
-from lit_basics.execution import carry_steps, check_one_loader, leave_alone, put_between
+from lit_basics.execution import Counters, carry_steps, check_one_loader, leave_alone, put_between, step_schedulers
 from lit_basics.recording import NEVER, recorder_of
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ class TrainingHooks(pl.Callback):
                 f"{type(pl_module).__name__}.configure_optimizers returns a scheduler, whose interval Lightning drops "
                 "in manual optimization: give it as lr_scheduler= and lr_interval= instead"
             )
+        if self._manual and self.module.lr_interval == "step":  # Lightning has dropped it
+            for config in trainer.lr_scheduler_configs:
+                config.interval = "step"
+        self.module.usual_dtype = torch.get_default_dtype()
         self._plateaus = [
             (config, config.frequency)
             for config in trainer.lr_scheduler_configs
@@ -136,6 +140,10 @@ class TrainingHooks(pl.Callback):
     ) -> None:
         """Flush the recorder when it is due, and the epoch's means after its last batch."""
         recorder, accumulate = recorder_of(trainer), trainer.accumulate_grad_batches
+        if self._manual and batch is None:  # Lightning passes over it, but steps the schedulers
+            if self._several:
+                Counters(trainer).mark_last_batch()
+            self._step_schedulers(trainer)
         stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.module.own_training_step and isinstance(loss, torch.Tensor):
@@ -150,11 +158,19 @@ class TrainingHooks(pl.Callback):
             self._step_plateaus(trainer, "step", 1 + batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the epoch's means if ``max_steps`` cut the epoch short, and step a plateau scheduler."""
+        """Log the epoch's means if ``max_steps`` or the module cut the epoch short, and step a plateau scheduler."""
         if not self._means_logged:
+            if self._manual and trainer.is_last_batch:  # the module left the epoch by returning -1
+                self._step_schedulers(trainer)
             self._log_epoch_means(trainer)
         if trainer.is_last_batch:
             self._step_plateaus(trainer, "epoch", 1 + trainer.current_epoch)
+
+    def _step_schedulers(self, trainer: pl.Trainer) -> None:
+        """Step the schedulers after a batch that made no step itself, as Lightning does in automatic optimization."""
+        step_schedulers(self.module, "step")
+        if trainer.is_last_batch:
+            step_schedulers(self.module, "epoch")
 
     def _step_plateaus(self, trainer: pl.Trainer, interval: str, counter: int) -> None:
         """Step each ``ReduceLROnPlateau`` of an interval, before checkpoints are saved.
@@ -165,9 +181,8 @@ class TrainingHooks(pl.Callback):
             UserError: In manual optimization, if one watches what was not logged.
         """
         for config, frequency in list(self._plateaus):
-            settings = (config.interval, config.monitor)
-            its_interval, monitor = (self.module.lr_interval, self.module.lr_monitor) if self._manual else settings
-            if its_interval != interval or counter % frequency:
+            monitor = self.module.lr_monitor if self._manual else config.monitor
+            if config.interval != interval or counter % frequency:
                 continue
             value = trainer.callback_metrics.get(monitor)
             if value is not None:

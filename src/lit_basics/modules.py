@@ -5,10 +5,12 @@ by Lightning in automatic optimization and by ``_manual_step`` in manual optimiz
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
@@ -100,10 +102,14 @@ class LitSupervised(pl.LightningModule):
         self.own_optimizers = _overrides(self, "configure_optimizers")
         several = steps_per_execution > 1
         manual = f"steps_per_execution={steps_per_execution}" if several else "automatic_optimization=False"
-        for name, instead in (("training_step", "override compute_loss"), ("optimizer_step", "give a scheduler")):
+        for name, instead in (
+            ("training_step", "override compute_loss"),
+            ("optimizer_step", "give a scheduler"),
+            ("optimizer_zero_grad", "use automatic optimization"),
+        ):
             if (several or not automatic_optimization) and _overrides(self, name):
                 raise UserError(f"{type(self).__name__} overrides {name}, so {manual} cannot apply: {instead} instead")
-        self.save_hyperparameters(_primitive_arguments(self))
+        self.save_hyperparameters(_Arguments(_primitive_arguments(self)))
         self.net = net
         self.criterion = criterion
         self.steps_per_execution = steps_per_execution
@@ -113,6 +119,7 @@ class LitSupervised(pl.LightningModule):
         self._lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.lr_monitor = lr_monitor
+        self.usual_dtype = torch.get_default_dtype()  # outside of the precision's context
         metrics = metrics or {}
         self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
         self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
@@ -190,7 +197,7 @@ class LitSupervised(pl.LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         only_optimizer(self)
         optimizer: Any = self.optimizers()
-        if self.steps_per_execution > 1 and self.trainer.fit_loop.batch_idx + 1 == self.trainer.num_training_batches:
+        if self.steps_per_execution > 1:
             Counters(self.trainer).mark_last_batch()
         losses: list[Tensor] = []
 
@@ -206,8 +213,8 @@ class LitSupervised(pl.LightningModule):
             self.manual_backward(losses[0])
             return loss
 
-        # automatic optimization runs backward and the update outside autocast; training_step is inside it
-        with torch.autocast(self.device.type, enabled=False):
+        # automatic optimization runs backward and the update outside the precision's context, where training_step is
+        with torch.autocast(self.device.type, enabled=False), _default_dtype(self.usual_dtype):
             if (batch_idx + 1) % accumulate and not self.trainer.is_last_batch:
                 with optimizer.toggle_model(sync_grad=False):
                     closure()
@@ -444,15 +451,44 @@ def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:
     frame = inspect.currentframe()
     arguments: dict[str, Any] = {}
     while frame is not None and (frame := frame.f_back) is not None:
-        values = inspect.getargvalues(frame)
+        values, inner = inspect.getargvalues(frame), arguments
         if frame.f_code.co_name != "__init__" or not values.args or values.locals[values.args[0]] is not module:
             break
         code = frame.f_code
         names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
         arguments = {name: values.locals[name] for name in names}
+        if values.varargs:  # passed on to the base, whose names they have
+            passed = zip(inner.items(), values.locals[values.varargs], strict=False)
+            arguments |= {name: value for (name, value), argument in passed if value is argument}
         if values.keywords:
             arguments |= values.locals[values.keywords]
-    return {name: value for name, value in arguments.items() if _is_primitive(value)}
+    plain = {name: _plain(value) for name, value in arguments.items()}
+    return {name: value for name, value in plain.items() if _is_primitive(value)}
+
+
+class _Arguments(dict[str, Any]):
+    """A dict to which an array is unequal: Lightning compares it with each argument, one number for the truth."""
+
+    __array_ufunc__ = None
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own number for NumPy's, which no checkpoint can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _is_primitive(value: Any) -> bool:

@@ -159,7 +159,7 @@ class SpeedNet(nn.Module):
             covariance: That of the patches, (12, 12), as :func:`patch_covariance` returns it.
         """
         values, vectors = torch.linalg.eigh(covariance.cpu().double())
-        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = (vectors / (values.clamp_min(0) + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
     @property
@@ -211,9 +211,11 @@ def patch_covariance(images: Tensor) -> Tensor:
     The mean is not taken off: normalised images have almost none. Patches that are zero, as of a cut-out square, do
     not count.
     """
-    patches = nn.functional.unfold(images, 2).transpose(1, 2).flatten(0, 1)
-    patches = patches[patches.any(1)]
-    return patches.T @ patches / max(1, len(patches))
+    images = images if images.dtype == torch.float64 else images.float()
+    with torch.autocast(images.device.type, enabled=False):  # in 16 bits the smallest eigenvalues would be lost
+        patches = nn.functional.unfold(images, 2).transpose(1, 2).flatten(0, 1)
+        patches = patches[patches.any(1)]
+        return patches.T @ patches / max(1, len(patches))
 
 
 class Line(nn.Module):

@@ -5,6 +5,7 @@ the first epochs. The data's part, alternating flips and shifts of two pixels, i
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,9 +148,9 @@ class LitSpeedNet(LitWhitened):
 
     def falling_to_zero(self, optimizer: Optimizer) -> LambdaLR:
         """Return the scheduler: to 0 at the end of training, for the whitening's bias after three epochs."""
-        steps = self.trainer.estimated_stepping_batches
-        epochs = self.trainer.max_epochs or -1
-        early = steps * min(1.0, WHITENING_EPOCHS / epochs) if epochs > 0 else steps  # -1: as many as max_steps takes
+        steps = self.trainer.estimated_stepping_batches  # which sets the loaders up, whose batches are known then
+        an_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        early = min(steps, WHITENING_EPOCHS * (math.ceil(an_epoch) if math.isfinite(an_epoch) else math.inf))
 
         def linear(end: float) -> Any:
             return lambda step: max(0.0, 1 - step / end)
