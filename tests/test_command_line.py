@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from helpers import assert_equal, fit, metrics
 from lit_basics import nets
 from lit_basics.cli import main
 from lit_basics.config import Config
+from lit_basics.fitting import run_name
 
 SMALL = (
     *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
@@ -284,6 +286,37 @@ def test_a_reader_that_goes_away_ends_no_run(tmp_path, unbuffered):
         os.close(writer)
         assert done.returncode == 0
     assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
+
+
+@pytest.mark.parametrize("words", [["--trainer.callbacks+=LossReport"], []])
+def test_a_terminal_that_goes_away_ends_no_run(words, tmp_path):
+    """Its writes fail otherwise than those to a pipe; without it the run ends within, with nothing saved."""
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL, *words, "--run_dir", "run"]
+    process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    os.close(terminal)
+    assert process.wait(120) == 0
+    assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_no_run(closed, tmp_path):
+    words = " ".join([*SMALL, "--trainer.enable_progress_bar", "true", "--run_dir", "run"])
+    subprocess.run(["sh", "-c", f'exec "{sys.executable}" -m lit_basics fit {words} {closed}'], check=True)
+    assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
+
+
+def test_what_is_typed_wins_wherever_it_stands(capsys):
+    assert main(["fit", "--trainer.max_epochs", "7", "--config", "objective-powers", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == 7
+
+
+def test_a_run_of_a_class_with_arguments_is_named_after_the_class():
+    path = "lit_basics.nets.Square"
+    model = json.dumps({"class_path": "LitObjective", "init_args": {"objective": path, "note": "a/b"}})
+    assert run_name(["--model", model]) == "LitObjective"
+    assert run_name(["--model=lit_basics.LitLeNet5"]) == "LitLeNet5"
 
 
 def test_python_m_sees_the_working_directory(tmp_path):

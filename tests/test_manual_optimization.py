@@ -7,7 +7,7 @@ from helpers import assert_same_steps, copied, fit, metrics, write_npz
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from lit_basics import LitClassifier, SyntheticCIFAR10
+from lit_basics import LitClassifier, SyntheticCIFAR10, UserError
 
 MODES = (
     {"automatic_optimization": False},
@@ -58,6 +58,20 @@ class Steps(pl.Callback):
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
+def fit_small(model, *callbacks, **settings):
+    trainer = pl.Trainer(
+        **{"max_epochs": 3, **settings},
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(model, datamodule=SyntheticCIFAR10(120, 10, batch_size=8, val_size=20))
+    return trainer
+
+
 def run(mode, settings, scheduler):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(196, 10))
@@ -68,17 +82,7 @@ def run(mode, settings, scheduler):
         **scheduler,
     )
     steps = Steps()
-    trainer = pl.Trainer(
-        **{"max_epochs": 3, **settings},
-        callbacks=[steps],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
-    trainer.fit(model, datamodule=SyntheticCIFAR10(120, 10, batch_size=8, val_size=20))
-    return steps, trainer
+    return steps, fit_small(model, steps, **settings)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,34 @@ def test_by_command_manual_logs_what_automatic_logs(tmp_path):
     manual = metrics(fit(*words[:2], "--config", "manual", *words[2:], run_dir="manual"))
     assert automatic == manual
     assert max(row["grad/norm"] for row in automatic.values()) > 0.1, "the norms are those before clipping"
+
+
+class OwnScheduler(LitClassifier):
+    def __init__(self, scheduler, **kwargs):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **kwargs)
+        self.scheduler = scheduler
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": "step", "frequency": 2}]
+
+
+def test_a_scheduler_of_the_modules_own_is_stepped_alike():
+    found = []
+    for mode in ({}, *MODES):
+        torch.manual_seed(0)
+        model, steps = OwnScheduler(lambda o: StepLR(o, 1, 0.9), **mode), Steps()
+        fit_small(model, steps)
+        found.append(steps)
+    assert len(set(found[0].rates)) > 1
+    for other in found[1:]:
+        assert other.rates == found[0].rates
+        assert_same_steps(other.weights, found[0].weights, len(found[0].weights))
+
+
+def test_a_plateau_of_the_modules_own_is_refused_where_its_monitor_is_lost():
+    with pytest.raises(UserError, match="give it as lr_scheduler= and lr_monitor= instead"):
+        fit_small(OwnScheduler(ReduceLROnPlateau, automatic_optimization=False))
 
 
 def test_an_overridden_training_step_is_refused_in_manual_mode():

@@ -1,23 +1,27 @@
 """A resumed run ends with the weights, the optimizer, the random state and the rows of one that never stopped."""
 
+import importlib
 import random
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import assert_equal, fit, metrics
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10
+from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10, fitting
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
 from lit_basics.errors import UserError
-from lit_basics.resuming import check_changes
+from lit_basics.resuming import check_changes, find_run
+from lit_basics.run_directory import is_first
 
 SMALL = ("--config", "quickstart", "--data.train_images", "500", "--trainer.log_every_n_steps", "1")
 
@@ -472,6 +476,105 @@ def test_a_callback_that_gives_another_state_back_is_refused(tmp_path, capsys):
     assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 2
     assert "would begin at 0: a callback has given back another state" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == contents
+
+
+def test_a_run_does_not_go_on_in_the_directory_of_another(tmp_path, capsys):
+    """It would have the other's settings, and its files would be written over."""
+    runs = [fit(*SMALL, "--trainer.max_epochs", str(epochs), run_dir=name) for name, epochs in (("a", 1), ("b", 2))]
+    contents = {path: path.read_bytes() for run in runs for path in run.rglob("*") if path.is_file()}
+    for place in ("a", "a/checkpoints/last.ckpt"):
+        for directory in ("b", "new"):
+            assert main(["fit", "--resume", place, "--run_dir", directory, "--trainer.max_epochs", "3"]) == 2
+            assert f"would write over --run_dir {directory}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for run in runs for path in run.rglob("*") if path.is_file()} == contents
+    assert main(["fit", "--resume", "a", "--run_dir", "./a", "--trainer.max_epochs", "2"]) == 0
+
+
+def test_another_checkpoint_beside_that_of_the_run(tmp_path, capsys):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    assert main(["fit", "--resume", "run", "--ckpt_path", "nowhere.ckpt", "--trainer.max_epochs", "2"]) == 2
+    assert "--ckpt_path nowhere.ckpt beside --resume" in capsys.readouterr().err
+    words = ["--run_dir", "run", "--resume", "auto", "--ckpt_path", "first.ckpt", "--trainer.max_epochs", "2"]
+    assert main(["fit", *SMALL, *words]) == 0
+    assert "goes on from run/checkpoints/last.ckpt, not from --ckpt_path first.ckpt" in capsys.readouterr().out
+    assert max(metrics(run)) == 16
+
+
+def test_a_checkpoint_is_named_from_within_its_folder(tmp_path, monkeypatch):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    monkeypatch.chdir(run / "checkpoints")
+    assert main(["fit", "--resume", "last.ckpt", "--trainer.max_epochs", "2"]) == 0
+    assert max(metrics(tmp_path / run)) == 16
+
+
+MORE_ARGUMENTS = """
+from lit_basics import LitLeNet5
+
+class Mine(LitLeNet5):
+    def __init__(self, scale: float = 1.0, {more}**kwargs):
+        super().__init__(**kwargs)
+"""
+
+
+def test_an_argument_that_the_class_did_not_have_has_its_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--model", "more_arguments.Mine", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
+    try:
+        (tmp_path / "more_arguments.py").write_text(MORE_ARGUMENTS.format(more=""))
+        fit(*words, "--trainer.max_epochs", "1")
+        (tmp_path / "more_arguments.py").write_text(MORE_ARGUMENTS.format(more="smoothing: float = 0.0, "))
+        sys.modules.pop("more_arguments")
+        importlib.invalidate_caches()
+        longer = ["fit", "--resume", "run", "--trainer.max_epochs", "2"]
+        assert main([*longer, "--model.smoothing", "0.5"]) == 2
+        assert "--model.smoothing 0.5: the run to resume has None" in capsys.readouterr().err
+        assert main(longer) == 0
+        assert "the run's config.yaml has no model.smoothing; it has its default, 0.0" in capsys.readouterr().out
+    finally:
+        sys.modules.pop("more_arguments", None)
+
+
+@pytest.mark.parametrize("command", [["fit", "--resume", "run"], ["test", "--run_dir", "run"]])
+def test_a_config_of_a_run_that_was_edited(command, tmp_path, capsys):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    whole = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("trainer:\n\t- x\n")
+    assert main(command) == 2
+    assert "config.yaml: not a YAML text file at line 2" in capsys.readouterr().err
+    content = yaml.safe_load(whole)
+    del content["trainer"]
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    more = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
+    assert main([*command, *(more if command[0] == "fit" else [])]) == 0
+
+
+def test_a_process_of_another_rank_takes_the_run_of_rank_0(tmp_path, monkeypatch):
+    """Another run of the recipe may have saved since."""
+    for name in ("first", "second"):
+        fit(*SMALL, "--trainer.max_epochs", "1", run_dir=Path("runs", "quickstart", name))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LIT_BASICS_RUN_DIR", str(Path("runs", "quickstart", "first").resolve()))
+    found = []
+
+    def find(*arguments):
+        found.append(find_run(*arguments)[0].name)
+        raise UserError("enough")
+
+    monkeypatch.setattr(fitting, "find_run", find)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["fit", *SMALL, "--resume", "auto"]) == 2
+    assert found == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [({}, True), ({"NODE_RANK": "0"}, True), ({"NODE_RANK": "1"}, False), ({"NODE_RANK": "1", "RANK": "0"}, True)],
+)
+def test_the_first_process_of_another_node_is_not_rank_0(environment, first, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first() == first
 
 
 def test_a_path_without_a_run_is_refused(tmp_path, capsys):

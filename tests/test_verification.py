@@ -649,7 +649,7 @@ def test_runs_ask_for_no_gpu_of_their_parent(monkeypatch):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda.random, "get_rng_state", refuse)
     data = SyntheticCIFAR10(64, 8, batch_size=8)  # with a validation, before whose trial it asks
     report = verify(LitBlitzNet(), datamodule=data, checks=["resume"], steps=4, **EXACT)

@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -179,7 +180,7 @@ class Config(LightningCLI):
         """
         trainer = self.to_dict()["trainer"]
         for key in ("callbacks", "logger"):
-            known, now = saved["trainer"].get(key), trainer.get(key)
+            known, now = (saved.get("trainer") or {}).get(key), trainer.get(key)
             if isinstance(known, list) and isinstance(now, list) and now[: len(known)] == known:
                 entries = enumerate(self.config.trainer[key])
                 self.config.trainer[key] = [entry for i, entry in entries if i < len(known) or now[i] not in known]
@@ -314,6 +315,8 @@ def check_trainer(settings: Any) -> None:
     """
     if not isinstance(settings, jsonargparse.Namespace) or "accelerator" not in settings:
         raise UserError(f"trainer is {settings}; it must hold keys and values, such as max_epochs: 3")
+    if "strategy" not in settings:
+        raise UserError("trainer is null in a config, and given keys after it: leave it out of the config")
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
     found = [name for name in accelerators if AcceleratorRegistry[name]["accelerator"].is_available()]
     for key, valid in (
@@ -395,17 +398,21 @@ def wandb_can_log_in() -> bool:
 def named_configs(args: list[str]) -> list[str]:
     """Return ``args`` with each ``--config NAME`` replaced by the recipe's path, each path checked.
 
+    Configs come first, in their order: what is typed wins wherever it stands.
+
     Raises:
         UserError: If a recipe or a file does not exist or is not YAML text with keys.
     """
-    words: list[str] = []
-    for word in args:
-        if words and words[-1] in ("--config", "-c"):
-            word = str(config_path(word))
+    configs, rest = [], []
+    words = iter(args)
+    for word in words:
+        if word in ("--config", "-c"):
+            configs += [word, *(str(config_path(name)) for name in islice(words, 1))]
         elif word.startswith("--config="):
-            word = f"--config={config_path(word.removeprefix('--config='))}"
-        words.append(word)
-    return words
+            configs.append(f"--config={config_path(word.removeprefix('--config='))}")
+        else:
+            rest.append(word)
+    return [*configs, *rest]
 
 
 def config_path(name: str) -> Path:
@@ -438,6 +445,15 @@ def config_path(name: str) -> Path:
         what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
         raise UserError(f"--config {name}: the file {what}")
     return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what a run's ``config.yaml`` holds.
+
+    Raises:
+        UserError: As :func:`config_path`.
+    """
+    return dict(yaml.safe_load(config_path(str(path)).read_text(encoding="utf-8")))
 
 
 def check_size(content: Any, name: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_model
-from lit_basics.config import Config, with_durable_checkpoints, with_progress_bar
+from lit_basics.config import Config, read_config, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
 from lit_basics.words import config_names, option, path_option
@@ -23,7 +23,7 @@ def evaluate(command: str, args: list[str]) -> None:
     if directory is not None and option(args, "--model") is None:
         saved = Path(directory) / "config.yaml"
         if saved.is_file():
-            args, run = ["--config", str(saved), *args], yaml.safe_load(saved.read_text())
+            args, run = ["--config", str(saved), *args], read_config(saved)
         elif not config_names(args):
             raise UserError(f"--run_dir {directory}: there is no run here (no config.yaml)")
     config = Config(args)
@@ -37,6 +37,7 @@ def evaluate(command: str, args: list[str]) -> None:
     bare = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
     arguments = with_progress_bar({**config.trainer_arguments, **bare})
     arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
+    arguments["callbacks"].append(_EndsOnSigterm())
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
     trainer = pl.Trainer(**arguments)
     known: dict[str, Any] = {
@@ -64,6 +65,14 @@ def evaluate(command: str, args: list[str]) -> None:
             print(f"{type(config.model).__name__} logs no metric")
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name} {value:.6g}")
+
+
+class _EndsOnSigterm(pl.Callback):
+    """Ends a prediction after SIGTERM: Lightning notes the signal, and looks at its note in the other loops only."""
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
 
 def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, Any], directory: Path) -> None:

@@ -20,22 +20,37 @@ from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import is_restoring, load_weights, unloadable
-from lit_basics.config import PRINT, Config, as_list, with_durable_checkpoints, with_progress_bar
+from lit_basics.config import (
+    PRINT,
+    Config,
+    as_list,
+    read_config,
+    with_durable_checkpoints,
+    with_progress_bar,
+    written_keys,
+)
 from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.recipes import recipe_names
-from lit_basics.recording import recorder_of
 from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run, flat
-from lit_basics.run_directory import PATIENCE, check_writable, held, new_run_directory, remove_traces, share
+from lit_basics.run_directory import (
+    PATIENCE,
+    check_writable,
+    held,
+    launched_directory,
+    new_run_directory,
+    remove_traces,
+    share,
+)
 from lit_basics.soft_loggers import fail_soft, finish_wandb
 from lit_basics.words import config_names, option, path_option
 
 
 def fit(args: list[str]) -> None:
     """Train: everything that the run writes goes into its directory."""
-    resume, run_dir = path_option(args, "--resume"), path_option(args, "--run_dir")
+    resume, run_dir = path_option(args, "--resume"), path_option(args, "--run_dir") or launched_directory()
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     with contextlib.ExitStack() as stack:
         place = found[0] if found else Path(run_dir or "")
@@ -99,12 +114,12 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
     finally:
-        finish_wandb(trainer.loggers if trainer is not None else [])
+        finish_wandb(trainer.loggers if trainer is not None else [], failed=sys.exc_info()[0] is not None)
     if trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
         if best is not None and best.best_model_score is not None:
-            print(f"best checkpoint: {best.best_model_path} ({best.monitor} {best.best_model_score.item():.4g})")
+            print(f"best checkpoint: {best.best_model_path} ({best.record_of} {best.best_model_score.item():.4g})")
 
 
 def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
@@ -150,14 +165,20 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         (directory, checkpoint), made = found, []
         check_writable(directory)
         own = ["--config", str(directory / "config.yaml")]
-        saved = yaml.safe_load((directory / "config.yaml").read_text())
+        saved = read_config(directory / "config.yaml")
         # before the run's own, which seeds the process
         typed = typed_settings([*own, *args], saved) if config_names(args) else {}
         config = Config([*own, *without_configs(args)])
         config.drop_repeated(saved)
         now = config.to_dict()
-        config.optimizer_arguments = check_changes(saved, now, config.config.resume_reset)
+        written = written_keys(without_configs(args), config.config)
+        config.optimizer_arguments = check_changes(saved, now, config.config.resume_reset, written)
         tell_of_unread(typed, flat(now))
+        if config.config.ckpt_path is not None:
+            chosen = f"--ckpt_path {config.config.ckpt_path}"
+            if option(args, "--resume") != "auto":
+                raise UserError(f"{chosen} beside --resume, whose checkpoint is {checkpoint}: leave one out")
+            rank_zero_only(print)(f"the run goes on from {checkpoint}, not from {chosen}")
         config.config.ckpt_path = str(checkpoint)
         config.resumed = True
         share(directory)
@@ -168,7 +189,13 @@ def run_name(args: list[str]) -> str:
     """Return the stem of the first config that is no packaged overlay, else the model's class."""
     names = config_names(args)
     names = [name for name in names if name not in recipe_names("overlays")] or names
-    return Path(names[0]).stem if names else (option(args, "--model") or "run").rpartition(".")[2]
+    if names:
+        return Path(names[0]).stem
+    model = option(args, "--model") or "run"
+    if model.startswith("{"):  # the class with its arguments
+        with contextlib.suppress(yaml.YAMLError, AttributeError):
+            model = str(yaml.safe_load(model).get("class_path"))
+    return model.rpartition(".")[2].rpartition("/")[2]
 
 
 def typed_settings(args: list[str], saved: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +290,7 @@ def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) ->
 
 
 class _RunFiles(pl.Callback):
-    """Writes the configuration when training starts, and the last rows when it fails."""
+    """Writes the configuration when training starts."""
 
     def __init__(self, config: Config, directory: Path) -> None:
         self.config, self.directory = config, directory
@@ -284,7 +311,3 @@ class _RunFiles(pl.Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
         self.written = True
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
-            recorder_of(trainer).flush()

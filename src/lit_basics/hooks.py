@@ -22,13 +22,13 @@ from torchmetrics import Metric
 
 from lit_basics.errors import UserError
 from lit_basics.execution import Counters, carry_steps, check_one_loader, leave_alone, put_between, step_schedulers
-from lit_basics.recording import NEVER, recorder_of
+from lit_basics.recording import NEVER, FlushesRows, recorder_of
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
 
 
-class TrainingHooks(pl.Callback):
+class TrainingHooks(FlushesRows):
     """Records losses and learning rates, logs the means, and makes up for what manual optimization lacks.
 
     Args:
@@ -87,25 +87,22 @@ class TrainingHooks(pl.Callback):
         """Begin the rows, or restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
 
         Raises:
-            UserError: If the module's own ``configure_optimizers`` made a scheduler for manual optimization.
+            UserError: If ``configure_optimizers`` is the module's own and made a ``ReduceLROnPlateau``, in manual mode.
         """
         recorder_of(trainer).clear()
         if self._several:
             check_one_loader(self.module)
-        if self._manual and self.module.own_optimizers and trainer.lr_scheduler_configs:
-            raise UserError(
-                f"{type(pl_module).__name__}.configure_optimizers returns a scheduler, whose interval Lightning drops "
-                "in manual optimization: give it as lr_scheduler= and lr_interval= instead"
-            )
-        if self._manual and self.module.lr_interval == "step":  # Lightning has dropped it
-            for config in trainer.lr_scheduler_configs:
-                config.interval = "step"
         self.module.usual_dtype = torch.get_default_dtype()
         self._plateaus = [
             (config, config.frequency)
             for config in trainer.lr_scheduler_configs
             if isinstance(config.scheduler, ReduceLROnPlateau)
         ]
+        if self._manual and self.module.own_optimizers and self._plateaus:
+            raise UserError(
+                f"{type(pl_module).__name__}.configure_optimizers returns a ReduceLROnPlateau, whose monitor Lightning "
+                "drops in manual optimization: give it as lr_scheduler= and lr_monitor= instead"
+            )
         for config, _ in self._plateaus:
             config.frequency = NEVER
         if self._resumed is None:
@@ -222,6 +219,9 @@ class TrainingHooks(pl.Callback):
             # a rank whose share is empty has nothing to update; a Trainer may have no logger
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric|You called `self.log")
             values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
+            for name, value in values.items():
+                if not (isinstance(value, torch.Tensor) and value.numel() == 1):
+                    raise UserError(f"{name} is {value}, not one number: metrics= takes torchmetrics that give one")
             for name, metric in metrics.items():
                 # in a fit the rows go to the loggers below, with the number of completed steps
                 self.module.log(f"{stage}/{name}", metric, logger=not fitting)
@@ -265,9 +265,10 @@ class TrainingHooks(pl.Callback):
             config.frequency = frequency
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the Trainer as it was."""
+        """Leave the Trainer as it was, and flush the rows."""
         self._put_settings_back(trainer)  # an earlier setup may have failed, as of the data
         self.teardown(trainer, pl_module, "")
+        super().on_exception(trainer, pl_module, exception)
 
     def _put_settings_back(self, trainer: pl.Trainer) -> None:
         if self._settings is not None:

@@ -27,9 +27,11 @@ class MetricsCSV(Logger):
     written again when something comes late. A key that is new adds a column, for which the whole file is.
     (What a module logs by Lightning's ``log`` has Lightning's number, one less than the step it belongs to.)
 
+    It is of one run: a step that is older than the newest 256 rows gets a row before them, out of order.
+
     Args:
         path: The file.
-        resume: Whether to go on in a file that is there instead; :meth:`cut_back` it first.
+        resume: Whether to go on in a file that is there instead, which :meth:`cut_back` shortens.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -65,14 +67,11 @@ class MetricsCSV(Logger):
         assert self._file is not None
         place = bisect.bisect_left(self._tail, step, key=lambda row: row[0])
         start = self._tail[place][2] if place < len(self._tail) else self._end
-        if place < len(self._tail):  # not a new row at the end: write the rows from it on again
-            self._file.truncate(start)
-            self._file.seek(start)
         later = self._tail[place:]
         del self._tail[place:]
         if later and later[0][0] == step:
             row = later.pop(0)[1] | row
-        lines, self._end = [], start
+        lines, end, self._end = [], self._end, start
         for number, values in [(step, row), *((s, r) for s, r, _ in later)]:
             self._tail.append((number, values, self._end))
             cells = [repr(values[key]) if key in values else "" for key in self._keys]  # numbers need no quotes
@@ -80,6 +79,10 @@ class MetricsCSV(Logger):
             self._end += len(lines[-1])
         text = "".join(lines).encode()
         try:
+            if start < end:  # not a new row at the end: the rows from it on are written again
+                self._file.seek(start)
+                if self._end < end:  # else they are written over, so that a kill leaves what was there
+                    self._file.truncate(start)
             if self._file.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:  # the disk is full: leave only whole rows
@@ -93,14 +96,9 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def cut_back(self, step: int) -> None:
         """Drop the rows after ``step`` of a file that was to be resumed: they are made again."""
-        if not self._resume or not self.path.is_file():
-            return
-        with self.path.open(newline="") as file:
-            header, *rows = [*csv.reader(file)] or [["step"]]
-        self._keys = header[1:]
-        # a kill may have left half a row at the end
-        rows = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) <= step]
-        self._rewrite(rows)
+        if self._resume and self.path.is_file():
+            self.finalize("")
+            self._rewrite([row for row in self._read() if int(row[0]) <= step])
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -117,12 +115,20 @@ class MetricsCSV(Logger):
         if self._file is not None and not new:
             return
         rows: list[list[str]] = []
-        if self._keys:
+        if self._keys or (self._resume and self.path.is_file()):  # somebody may log before it is cut back
             self.finalize("")
-            with self.path.open(newline="") as file:
-                rows = list(csv.reader(file))[1:]
+            rows = self._read()
+        new = [key for key in new if key not in self._keys]
         self._keys += new
         self._rewrite([[*row, *[""] * len(new)] for row in rows])
+
+    def _read(self) -> list[list[str]]:
+        """Return the whole rows of the file, whose keys are from now on the logger's."""
+        with self.path.open(newline="") as file:
+            header, *rows = [*csv.reader(file)] or [["step"]]
+        self._keys = header[1:]
+        # a kill may have left half a row at the end
+        return [row for row in rows if len(row) == len(header) and row[0].isdigit()]
 
     def _rewrite(self, rows: list[list[str]]) -> None:
         text = io.StringIO()

@@ -121,6 +121,10 @@ class LitSupervised(pl.LightningModule):
         self.lr_monitor = lr_monitor
         self.usual_dtype = torch.get_default_dtype()  # outside of the precision's context
         metrics = metrics or {}
+        for name, metric in metrics.items():
+            if not isinstance(metric, Metric):
+                kind = type(metric).__name__
+                raise UserError(f"metrics: {name} is a {kind}, not a Metric; one of several goes in by their names")
         self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
         self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
         self.val_metrics["loss"], self.test_metrics["loss"] = MeanLoss(), MeanLoss()

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 ROWS = 100
@@ -157,10 +158,11 @@ class StepRecorder:
                     self._sums[name] = (total, n) if step in self._left_out else (total + value, n + 1)
                 if step % self._every[column] == 0:
                     metrics[name] = value
-            self.write(metrics | host, step)
+            self._write_row(metrics | host, step)
             self.latest.update(every_value)
             for listener in self.listeners.values():
                 listener(step, every_value)
+        self._save()
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         """Give one row to each of the Trainer's loggers.
@@ -169,9 +171,18 @@ class StepRecorder:
             metrics: Host numbers by key; an empty row is not written.
             step: Completed optimizer steps.
         """
+        self._write_row(metrics, step)
+        self._save()
+
+    def _write_row(self, metrics: dict[str, float], step: int) -> None:
         if metrics:
             for logger in self._trainer.loggers:
                 logger.log_metrics(metrics, step)
+
+    def _save(self) -> None:
+        """Let loggers that keep rows write them, as Lightning does after each row."""
+        for logger in self._trainer.loggers:
+            logger.save()
 
     def epoch_means(self) -> dict[str, float]:
         """Return the mean over the epoch's steps of everything given to :meth:`put`; flushes first."""
@@ -251,6 +262,22 @@ def recorder_of(trainer: pl.Trainer) -> StepRecorder:
     if recorder is None:
         recorder = _recorders[trainer] = StepRecorder(trainer)
     return recorder
+
+
+class FlushesRows(pl.Callback):
+    """Brings the recorder's rows to the loggers before a checkpoint holds their steps, and when a run fails."""
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Flush: a resumed run does not make them again."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            recorder_of(trainer).flush_finished()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Flush: they are what one looks at then."""
+        if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
+            recorder_of(trainer).flush()
 
 
 def compute_logged(trainer: pl.Trainer) -> None:

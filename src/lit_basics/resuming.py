@@ -1,5 +1,6 @@
 """``--resume``: which run goes on, from which checkpoint, and what may differ from the saved configuration."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,13 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
     path = Path(resume)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     load_checked(checkpoint)
-    return _checked_directory(Path(run_dir) if run_dir else checkpoint.parent.parent, resume), checkpoint
+    own = checkpoint.absolute().parent.parent
+    if run_dir and own.resolve() != Path(run_dir).resolve() and (own / "config.yaml").is_file():
+        raise UserError(
+            f"--resume {resume} goes on in its own directory, and would write over --run_dir {run_dir}: leave one out"
+        )
+    directory = Path(run_dir) if run_dir else checkpoint.parent.parent if path.is_dir() else own
+    return _checked_directory(directory, resume), checkpoint
 
 
 def _saved_at(directory: Path) -> float:
@@ -89,12 +96,16 @@ def _checked_directory(directory: Path, resume: str) -> Path:
     return directory
 
 
-def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = False) -> dict[str, Any]:
+def check_changes(
+    saved: dict[str, Any], typed: dict[str, Any], reset: bool = False, written: Container[str] = ()
+) -> dict[str, Any]:
     """Print what differs from the saved configuration; return the new arguments of the optimizer.
 
     Args:
         saved: The run's configuration.
         typed: What it is to be from now on.
+        written: The keys of it, without ``init_args``, that were typed. Another that the run does not have is of a
+            class that takes more arguments now.
         reset: Whether another net, other data, another order or seed may be tried (``--resume_reset``).
 
     Raises:
@@ -107,6 +118,10 @@ def check_changes(saved: dict[str, Any], typed: dict[str, Any], reset: bool = Fa
     arguments = {}
     for key, value in changes.items():
         short = key.replace(".init_args", "")
+        kind = f"{key.rpartition('.init_args.')[0]}.class_path"
+        if key not in before and short not in written and kind in before and kind not in changes:
+            rank_zero_only(print)(f"the run's config.yaml has no {short}; it has its default, {value}")
+            continue
         old = before.get(f"{key}.class_path", "one") if key in nulled else before.get(key)
         was = f"--{short} {value}: the run to resume has {old}"
         if key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER):

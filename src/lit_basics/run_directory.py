@@ -41,10 +41,11 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
     Raises:
         UserError: If the chosen one holds a run, or none can be made.
     """
-    if _RUN_DIR in os.environ and int(os.environ.get("LOCAL_RANK", 0)):
-        return Path(os.environ[_RUN_DIR]), []
+    launched = launched_directory()
+    if launched is not None:
+        return Path(launched), []
     directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
+    if not is_first():
         return directory, []
     stamp, count = directory, 1
     try:
@@ -74,6 +75,17 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
     return directory, made
 
 
+def launched_directory() -> str | None:
+    """Return the run's directory, if this is a process that Lightning has started for another rank."""
+    return os.environ.get(_RUN_DIR) if int(os.environ.get("LOCAL_RANK", 0)) else None
+
+
+def is_first() -> bool:
+    """Return whether this is rank 0: which node it is on Lightning itself knows only once there is a Trainer."""
+    own_node = "RANK" in os.environ or not int(os.environ.get("NODE_RANK", 0))
+    return own_node and not rank_zero_only.rank  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def held(directory: Path, patience: float = 0.0) -> Iterator[bool]:
     """Let no other process of this machine train in a run's directory, until this one ends, however it does.
@@ -88,7 +100,7 @@ def held(directory: Path, patience: float = 0.0) -> Iterator[bool]:
     Raises:
         UserError: If one still does.
     """
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
+    if not is_first():
         yield False
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -148,7 +160,7 @@ def remove_traces(made: list[Path]) -> None:
     Args:
         made: Files and folders that were not there before the run.
     """
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
+    if not is_first():
         return
     for path in made:
         with contextlib.suppress(OSError):  # not written yet; or somebody else's files are in the folder by now

@@ -64,11 +64,12 @@ def fail_soft(logger: AnyLogger) -> AnyLogger:
     return logger
 
 
-def finish_wandb(loggers: Sequence[Logger]) -> None:
+def finish_wandb(loggers: Sequence[Logger], failed: bool = False) -> None:
     """End the W&B run of this process, if there is one: the next run would go on in it.
 
     Args:
         loggers: The loggers of the run that ends.
+        failed: Whether W&B is to show it as failed, not as finished.
     """
     if _wandb_folder() is None:
         return
@@ -78,7 +79,7 @@ def finish_wandb(loggers: Sequence[Logger]) -> None:
     # where the disk is full, its log files would print a traceback for each of their lines
     noisy, logging.raiseExceptions = logging.raiseExceptions, soft is None or not soft._soft_failed
     try:
-        wandb.finish()
+        wandb.finish(exit_code=int(failed))
     except Exception as error:
         if soft is None:
             _say(f"W&B failed at the end of the run ({type(error).__name__}: {error})")

@@ -92,6 +92,36 @@ def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_a_signal_is_told_of_where_nothing_is_saved(command, number, code, tmp_path, monkeypatch):
+    """Lightning leaves with 0 after SIGTERM and 1 after Ctrl-C, and predicts on after SIGTERM."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if command == "fit":
+        process = start("run", "--last_checkpoint", "false")
+    else:
+        words = [*WORDS, "--data.test_images", "30", "--data.batch_size", "1", "--trainer.max_epochs", "1"]
+        fit(*words, "--data.train_images", "40", run_dir="run")
+        slow = "lit_basics.ProcessSettings"  # any callback, to be made slow
+        (tmp_path / "slow.py").write_text(
+            "import sys, time\nfrom lit_basics import ProcessSettings\n\n"
+            "def wait(*_):\n    print('begun', flush=True)\n    time.sleep(0.3)\n\n"
+            "ProcessSettings.on_test_batch_start = ProcessSettings.on_predict_batch_start = wait\n"
+            "from lit_basics.cli import main\nsys.exit(main())\n"
+        )
+        line = [sys.executable, "slow.py", command, "--run_dir", "run", "--trainer.callbacks", slow]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while "begun" not in process.stdout.readline():
+            assert process.poll() is None, process.communicate()[1]
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    assert "test/loss" not in output
+    assert not (tmp_path / "run" / "predictions.npz").exists()
+    assert ("stopped by a signal: nothing is saved" in error) == (command != "fit" or code == 143)
+
+
 def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     """Without the refusal it trains from step 0 and writes over ``last.ckpt``, each time that it is requeued."""
     data = SyntheticCIFAR10(64, 16, batch_size=16)
@@ -106,10 +136,12 @@ def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     in_a_project(saver).fit(LitBlitzNet(), data)  # a second stage, over what this process has saved
 
 
-def test_a_kill_loses_little_and_the_run_goes_on(whole, tmp_path, monkeypatch):
+def test_a_kill_loses_little_and_the_run_goes_on(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process = start("run")
     process.kill()
     process.communicate()
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] >= 43  # of 60: an epoch
     assert main(["fit", *WORDS, "--run_dir", "run", "--resume", "auto"]) == 0
+    assert "starting afresh" not in capsys.readouterr().out
     check(whole, Path("run"))

@@ -24,6 +24,12 @@ def kill_within_training(run, delay, *more):
     return training and process.exitcode == -9
 
 
+def began_at(run, size):
+    """Return the step at which a run began that found ``size`` bytes of witness; None if it made no step."""
+    said = (run / "seen0.txt").read_bytes()[size:]
+    return int(said.split()[0]) if said else None
+
+
 def check_killed_runs(tmp_path, whole, runs, kills, seed):
     expected, seconds = whole
     draws = random.Random(seed)
@@ -34,13 +40,17 @@ def check_killed_runs(tmp_path, whole, runs, kills, seed):
         points = []
         for _ in range(kills):
             more = ("--resume", "auto") if points else ()
+            size = (run / "seen0.txt").stat().st_size if points else 0
             if not kill_within_training(run, draws.uniform(0, 0.9 * seconds / kills), *more):
                 break
+            assert began_at(run, size) == (points[-1] if points else 0)
             # a kill before the first save leaves nothing to go on from, and the restart begins anew
             points.append(step_of(run) if (run / "checkpoints" / "last.ckpt").exists() else 0)
         if len(points) < kills:
             continue
+        size = (run / "seen0.txt").stat().st_size
         finish(start_fit(run, "--resume", "auto"), run)
+        assert began_at(run, size) == (points[-1] if points[-1] < STEPS else None)
         assert results(run) == expected, (run, points)
         resumed_from += points
     steps = sorted(resumed_from)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_basics.callbacks.last import MIN_SECONDS
+from lit_basics.callbacks.last import MIN_SECONDS, ends_after_batch
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
 from lit_basics.files import replace_file
 
@@ -49,7 +49,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._held: dict[str, Tensor] | None = None
         self._written_at = float("-inf")
         self._saving = False
-        self._record_of: str | None = None  # which monitor the best score is of
+        self.record_of: str | None = None
+        """Which monitor the best score is of."""
         self._missed = False  # a validation came without val/loss
         self._off = False
 
@@ -67,6 +68,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
+        if not trainer.global_step:  # another fit, whose step of this number is not the one that was saved
+            self._last_global_step_saved = 0
         if self._chosen_monitor is None:
             # without a sanity check the batches may not have been counted yet
             validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
@@ -91,9 +94,10 @@ class BestLossCheckpoint(ModelCheckpoint):
         """Save if the epoch's training loss is the lowest and is what is monitored."""
         absent = self._chosen_monitor is None and not self._is_logged(trainer)
         # a run resumed within an epoch may have had its last validation before
-        if absent and self._record_of != self.monitor and not self._off:
-            every = trainer.check_val_every_n_epoch
-            if self._missed or (every and (trainer.current_epoch + 1) % every == 0):  # not merely later
+        if absent and self.record_of != self.monitor and not self._off:
+            # Lightning's private name, of an interval that is a time
+            every = None if getattr(trainer, "_val_check_time_interval", None) else trainer.check_val_every_n_epoch
+            if self._missed or ends_after_batch(trainer) or (every and (trainer.current_epoch + 1) % every == 0):
                 self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
             self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
             if self._off:
@@ -119,7 +123,7 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
         # Lightning's private name: it would leave train/loss out where validations are to come every n epochs
-        decides = self._chosen_monitor is None and self.monitor == "train/loss"
+        decides = self.monitor == "train/loss"
         return decides or super()._should_save_on_train_epoch_end(trainer)
 
     def on_save_checkpoint(
@@ -154,7 +158,7 @@ class BestLossCheckpoint(ModelCheckpoint):
     @contextmanager
     def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:
         """Let a record of another metric be forgotten, and the weights of a new one be kept."""
-        if self.monitor in trainer.callback_metrics and self._record_of not in (None, self.monitor):
+        if self.monitor in trainer.callback_metrics and self.record_of not in (None, self.monitor):
             self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
         before, held, self._saving = self.best_model_score, self._held, True
         try:
@@ -165,7 +169,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         finally:
             self._saving = False
         if self.best_model_score is not before:
-            self._record_of = self.monitor
+            self.record_of = self.monitor
             if time.monotonic() - self._written_at >= MIN_SECONDS:
                 self._write_weights()
 
@@ -179,4 +183,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record; Lightning forgets it when the directory changes."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
-        self._record_of = state_dict["monitor"] if self.best_model_score is not None else None
+        here = Path(self.dirpath or "") / Path(self.best_model_path).name
+        if self.dirpath and self.best_model_path and here.is_file():  # the run was moved, or copied
+            self.best_k_models = {str(here): score for score in self.best_k_models.values()}
+            self.best_model_path = self.kth_best_model_path = str(here)
+        self.record_of = state_dict["monitor"] if self.best_model_score is not None else None

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lit_basics.callbacks.names import trained_parameters
 from lit_basics.errors import UserError
-from lit_basics.recording import recorder_of
+from lit_basics.recording import FlushesRows, recorder_of
 
 
-class GradientMonitor(pl.Callback):
+class GradientMonitor(FlushesRows):
     """Logs the Euclidean norm of each parameter's gradient and of all of them together.
 
     ======================= ==========================================================================

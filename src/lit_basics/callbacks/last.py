@@ -35,6 +35,7 @@ class LastCheckpoint(Checkpoint):
         """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
         self._saved_step = -1
+        self._asked = False
         self._ended_step = -1  # that of a save within the epoch, at the end of training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -55,10 +56,11 @@ class LastCheckpoint(Checkpoint):
         if ends_after_batch(trainer) and at_step_boundary(trainer, halfway=True):
             self._save_end(trainer)
             return
-        # ranks must agree, which costs a message: they ask every 50 steps
+        # ranks must agree, which costs a message: they ask every 50 steps, or at the next boundary
         steps = (batch_idx + 1) // trainer.accumulate_grad_batches
-        asked = steps % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
-        if asked and at_step_boundary(trainer):
+        self._asked |= steps % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
+        if self._asked and at_step_boundary(trainer):
+            self._asked = False
             self._save_if_older(trainer, MAX_SECONDS)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lit_basics.callbacks.names import trained_parameters
 from lit_basics.errors import UserError
-from lit_basics.recording import recorder_of
+from lit_basics.recording import FlushesRows, recorder_of
 
 LIMIT = 100
 """The most numbers that are logged."""
 
 
-class ValueMonitor(pl.Callback):
+class ValueMonitor(FlushesRows):
     """Logs each parameter and its gradient, number by number, at every step.
 
     =================== ==========================================================================

@@ -169,7 +169,7 @@ def _child(
         random.setstate(state)
         torch.set_num_threads(1)  # a forked process has none of its parent's threads
         # nor its CUDA, which the Trainer, on the CPU too, would ask for its random state
-        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+        torch.cuda.is_available = lambda: False
         warnings.simplefilter("ignore")
         logging.disable()
         message: tuple[str, Any]

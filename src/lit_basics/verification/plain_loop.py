@@ -206,8 +206,6 @@ def optimizers_of(module: pl.LightningModule) -> tuple[list[torch.optim.Optimize
         if isinstance(setting["scheduler"], ReduceLROnPlateau):
             raise NotApplicable("ReduceLROnPlateau follows a logged metric, which a plain loop does not have")
         settings.append({"interval": "epoch", "frequency": 1, **setting})
-    if isinstance(module, LitSupervised) and not module.own_optimizers:
-        settings = [{**setting, "interval": module.lr_interval} for setting in settings]
     return optimizers, settings
 
 
