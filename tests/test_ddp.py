@@ -191,6 +191,18 @@ def test_a_long_epoch_is_saved_within_where_gradients_are_accumulated(tmp_path, 
     assert "saved after batch 100\n" in done.stdout
 
 
+def test_a_long_epoch_is_saved_within_where_validations_come_as_often_as_the_question(tmp_path, monkeypatch):
+    """Asked after every 50th batch alone, it is always one that a validation follows."""
+    (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
+    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    path = write_npz(tmp_path / "images.npz", train=1300)
+    more = ["--trainer.val_check_interval", "50", "--data.val_size", "16", "--trainer.max_epochs", "1"]
+    done = run(
+        [*FIT, *words(path, tmp_path / "run"), *more, "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
+    )
+    assert "saved after batch 51\n" in done.stdout
+
+
 UNDEFINED_ON_ONE = """
 import sys, lightning.pytorch as pl, torch
 from lit_basics import BestLossCheckpoint, LitLeNet5, SyntheticCIFAR10

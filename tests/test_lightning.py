@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import (
     DurableCheckpointIO,
@@ -22,6 +24,7 @@ from lit_basics import (
     LitBlitzNet,
     LitClassifier,
     LitLeNet5,
+    LitSupervised,
     NonFiniteGuard,
     RandomState,
     SyntheticCIFAR10,
@@ -433,6 +436,14 @@ def test_arguments_without_a_name_come_back_from_a_checkpoint(kind, tmp_path):
     again = kind.load_from_checkpoint(tmp_path / "a.ckpt")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(module(x), again(x))
+
+
+def test_metrics_that_give_no_one_number_are_refused():
+    with pytest.raises(UserError, match="metrics: both is a MetricCollection, not a Metric"):
+        LitSupervised(small_net(), nn.CrossEntropyLoss(), {"both": MetricCollection([MulticlassAccuracy(10)])})
+    module = LitSupervised(small_net(), nn.CrossEntropyLoss(), {"each": MulticlassAccuracy(10, average=None)})
+    with pytest.raises(UserError, match=r"val/each is tensor\((.|\n)*, not one number"):
+        trainer().fit(module, data())
 
 
 class Weighted(LitClassifier):

@@ -2,12 +2,20 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
-from helpers import fit, metrics
+import torch
+from helpers import Rows, fit, metrics
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
-from lit_basics import MetricsCSV
+from lit_basics import GradientMonitor, LitClassifier, MetricsCSV, SyntheticCIFAR10, loggers
+from lit_basics.callbacks import progress
+from lit_basics.cli import main
 
 WORDS = (
     *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
@@ -43,12 +51,18 @@ def leveldb_records(data):
 
 
 def read_wandb(folder):
-    """Return the rows and the configuration in a W&B run file."""
+    """Return the rows, the configuration and the exit code in a W&B run file, once W&B's own process has written it."""
+    deadline = time.monotonic() + 30
+    while (read := _read_wandb(folder))[2] is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return read
+
+
+def _read_wandb(folder):
     from wandb.proto import wandb_internal_pb2
 
-    (path,) = Path(folder).rglob("run-*.wandb")
-    rows, config = [], {}
-    for data in leveldb_records(path.read_bytes()[7:]):
+    rows, config, code = [], {}, None
+    for data in (data for path in Path(folder).rglob("run-*.wandb") for data in leveldb_records(path.read_bytes()[7:])):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
@@ -58,7 +72,9 @@ def read_wandb(folder):
             source = record.run.config if kind == "run" else record.config
             for item in source.update:
                 config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-    return rows, config
+        elif kind == "exit":
+            code = record.exit.exit_code
+    return rows, config, code
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
@@ -69,7 +85,7 @@ def test_wandb_without_a_key_goes_offline_and_holds_everything(no_key, capfd):
     assert len(lines) == 1
     assert "wandb sync run/wandb/offline-run-*" in lines[0]
     assert list((run / "wandb").glob("offline-run-*"))
-    rows, config = read_wandb(run)
+    rows, config, code = read_wandb(run)
     logged = {}
     for row in rows:
         if "trainer/global_step" in row:
@@ -82,6 +98,28 @@ def test_wandb_without_a_key_goes_offline_and_holds_everything(no_key, capfd):
     assert {"grad/norm", "val/acc", "train/loss"} <= set().union(*logged.values())
     assert config["model"]["class_path"] == "lit_basics.LitLeNet5"
     assert config["data"]["init_args"]["batch_size"] == 64
+    assert code == 0
+
+
+FAILS = """
+import lightning.pytorch as pl
+
+class Fails(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise ZeroDivisionError("mine")
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_wandb_shows_a_run_that_failed_as_failed(no_key, tmp_path, monkeypatch):
+    (tmp_path / "fails_at_three.py").write_text(FAILS)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*WORDS[:2], "--config", "wandb", *WORDS[2:], "--trainer.callbacks+=fails_at_three.Fails"]
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", *words, "--run_dir", "run"])
+    assert read_wandb("run")[2] == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -120,3 +158,143 @@ def test_a_key_of_letters_of_several_bytes(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().split("\n") == [
         *("step,größe/é,later", "1,1.0,", "2,2.0,0.25", "3,3.0,0.5", "4,4.0,", ""),
     ]
+
+
+def test_a_row_before_the_file_is_cut_back_takes_no_other_away(tmp_path):
+    """Callbacks before the one that cuts it back may log."""
+    path = tmp_path / "metrics.csv"
+    log = MetricsCSV(path)
+    for step in range(1, 6):
+        log.log_metrics({"a": step}, step)
+    log.finalize("success")
+    path.write_text(path.read_text() + "6,0.")  # as of a run that was killed
+    resumed = MetricsCSV(path, resume=True)
+    resumed.log_metrics({"size": 7, "a": 4}, 4)
+    resumed.cut_back(4)
+    resumed.log_metrics({"a": 5}, 5)
+    resumed.finalize("success")
+    assert path.read_text().split() == ["step,a,size", "1,1.0,", "2,2.0,", "3,3.0,", "4,4.0,7.0", "5,5.0,"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_late_value_takes_no_row_away_if_a_kill_comes(killed, tmp_path, monkeypatch):
+    """With the rows cut away before they are written again all from the late one on are lost."""
+
+    class File(loggers.FileIO):
+        def write(self, text):
+            if killed and b"0.5" in text:
+                raise Killed
+            return super().write(text)
+
+    monkeypatch.setattr(loggers, "FileIO", File)
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 6):
+        log.log_metrics({"a": step + 0.125, "b": step} if step == 3 else {"a": step + 0.125}, step)
+    log.log_metrics({"b": 2}, 2)
+    before = (tmp_path / "metrics.csv").read_text()
+    try:
+        log.log_metrics({"b": 0.5}, 2)
+    except Killed:
+        log.finalize("")
+        assert (tmp_path / "metrics.csv").read_text() == before
+        return
+    log.log_metrics({"a": 4}, 4)  # a shorter row
+    log.finalize("")
+    rows = ["step,a,b", "1,1.125,", "2,2.125,0.5", "3,3.125,3.0", "4,4.0,", "5,5.125,"]
+    assert (tmp_path / "metrics.csv").read_text().split() == rows
+
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+
+
+class Foreign(pl.LightningModule):
+    """Of another project, without a part of lit_basics."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def train(module, logger, *callbacks, **settings):
+    trainer = pl.Trainer(
+        **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "enable_checkpointing": False, **settings},
+        **{"logger": logger, "enable_progress_bar": False, "enable_model_summary": False},
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, SyntheticCIFAR10(56, 8, batch_size=2, val_size=0))  # 28 steps
+    return trainer
+
+
+KINDS = {"ours": (lambda: LitClassifier(net()), ()), "foreign": (Foreign, (GradientMonitor,))}
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_rows_before_an_exception_are_there(kind, tmp_path):
+    module, callbacks = KINDS[kind]
+
+    class Fails(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 20:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(module(), MetricsCSV(tmp_path / "metrics.csv"), Fails(), *(callback() for callback in callbacks))
+    assert list(metrics(tmp_path)) == [*range(1, 21)]
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_stands_at_a_step_whose_rows_are_there(kind, tmp_path):
+    """A resumed run does not make them again."""
+    module, callbacks = KINDS[kind]
+    rows, seen = Rows(), []
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 20:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+                seen.extend(rows.table())
+
+    train(module(), rows, Saves(), *(callback() for callback in callbacks))
+    assert seen == [*range(1, 21)]
+
+
+def test_a_logger_that_keeps_its_rows_is_let_write_them(tmp_path):
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=10**6)
+    seen = []
+
+    class Looks(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(len((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+
+    train(LitClassifier(net()), logger, Looks(), max_epochs=2)
+    assert seen[0] > 28
+    assert seen[1] > 56
+
+
+def test_the_bar_shows_the_newest_losses_and_is_drawn_now_and_then(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda *_: drawn.append(_[-1]))
+    monkeypatch.setattr(progress, "MIN_SECONDS", 1000.0)
+    rows, bar, module = Rows(), progress.ProgressBar(refresh_rate=1), LitClassifier(net())
+    trainer = pl.Trainer(
+        **{"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1, "enable_checkpointing": False},
+        **{"logger": rows, "enable_model_summary": False, "callbacks": [bar]},
+    )
+    trainer.fit(module, SyntheticCIFAR10(64, 8, batch_size=2, val_size=8))
+    assert drawn == [0, 27, 27]  # the first, and the last of each epoch
+    shown = bar.get_metrics(trainer, module)
+    assert shown["train/loss"] == rows.table()[56]["train/loss"]
+    assert shown["val/loss"] == rows.table()[56]["val/loss"]

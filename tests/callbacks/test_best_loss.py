@@ -1,6 +1,7 @@
 """BestLossCheckpoint and LastCheckpoint; the tutorial's mistakes are tested with system E."""
 
 import json
+import time
 
 import lightning.pytorch as pl
 import pytest
@@ -381,3 +382,54 @@ def test_the_plain_weights_are_the_averages_whose_loss_was_the_lowest(tmp_path):
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
     plain = torch.load(tmp_path / "best.pth", weights_only=True)
     assert_equal(plain, {name.removeprefix("net."): v for name, v in saved.items() if name.startswith("net.")})
+
+
+@pytest.mark.parametrize("settings", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
+def test_the_training_loss_that_was_asked_for_is_taken_at_the_end_of_its_epoch(settings, tmp_path):
+    """At the validation's end, which is when Lightning would look, it is missing or of the epoch before."""
+    means = {}
+
+    class Means(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            means[trainer.global_step] = trainer.callback_metrics["train/loss"].item()
+
+    best = BestLossCheckpoint(str(tmp_path), monitor="train/loss")
+    trainer(Means(), best, max_epochs=4, **settings).fit(LitBlitzNet(), datamodule=data(val_size=16))
+    assert best.best_model_score.item() == min(means.values())
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"]
+    assert means[saved] == min(means.values())
+
+
+@pytest.mark.parametrize(("seconds", "monitor"), [("00:00:00:01", "val/loss"), ("00:01:00:00", "train/loss")])
+def test_validations_after_a_time_are_waited_for_to_the_end(seconds, monitor, tmp_path):
+    class Slow(pl.Callback):
+        def on_train_batch_end(self, *_):
+            time.sleep(0.1)
+
+    best = BestLossCheckpoint(str(tmp_path))
+    fitted = trainer(best, Slow(), max_epochs=6, val_check_interval=seconds, num_sanity_val_steps=0)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))  # 0.3 s an epoch
+    assert best.monitor == best.record_of == monitor
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_second_fit_of_as_many_steps_can_be_better(tmp_path):
+    best = BestLossCheckpoint(str(tmp_path))
+    module = LitBlitzNet()
+    scores = []
+    for _ in range(2):
+        fitted = trainer(best, max_epochs=1)
+        fitted.fit(module, datamodule=data(val_size=16))
+        scores.append(fitted.callback_metrics["val/loss"])
+    assert scores[1] < scores[0]
+    assert best.best_model_score == scores[1]
+    assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), module.net.state_dict())
+
+
+def test_a_moved_run_names_its_own_best(tmp_path, capsys):
+    words = ["--config", "quickstart", "--data.train_images", "100", "--data.val_size", "0"]
+    fit(*words, "--trainer.max_epochs", "1").rename("moved")
+    capsys.readouterr()
+    assert main(["fit", "--resume", "moved"]) == 0  # it makes no step
+    assert "moved/checkpoints/best.ckpt (train/loss " in capsys.readouterr().out

@@ -97,7 +97,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         if absent and self.record_of != self.monitor and not self._off:
             # Lightning's private name, of an interval that is a time
             every = None if getattr(trainer, "_val_check_time_interval", None) else trainer.check_val_every_n_epoch
-            if self._missed or ends_after_batch(trainer) or (every and (trainer.current_epoch + 1) % every == 0):
+            ends = ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
+            if self._missed or ends or (every and (trainer.current_epoch + 1) % every == 0):
                 self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
             self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
             if self._off:
