@@ -179,28 +179,24 @@ class Tells(pl.Callback):
 """
 
 
-def test_a_long_epoch_is_saved_within_where_gradients_are_accumulated(tmp_path, monkeypatch):
-    """Asked every 50 batches from the first on, the ranks are never at a step's end."""
+@pytest.mark.parametrize(
+    ("more", "batch"),
+    [
+        # asked every 50 batches from the first on, the ranks are never at a step's end
+        (["--trainer.accumulate_grad_batches", "2", "--data.val_size", "0"], 100),
+        # asked after every 50th alone, it is always one that a validation follows
+        (["--trainer.val_check_interval", "50", "--data.val_size", "16"], 51),
+    ],
+)
+def test_a_long_epoch_is_saved_within(more, batch, tmp_path, monkeypatch):
     (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
     monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
     path = write_npz(tmp_path / "images.npz", train=1300)
-    more = ["--trainer.accumulate_grad_batches", "2", "--data.val_size", "0", "--trainer.max_epochs", "1"]
     done = run(
-        [*FIT, *words(path, tmp_path / "run"), *more, "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
+        [*FIT, *words(path, tmp_path / "run"), *more, "--trainer.max_epochs", "1", "--config", "ddp"]
+        + ["--trainer.callbacks+=saves_often.Tells"]
     )
-    assert "saved after batch 100\n" in done.stdout
-
-
-def test_a_long_epoch_is_saved_within_where_validations_come_as_often_as_the_question(tmp_path, monkeypatch):
-    """Asked after every 50th batch alone, it is always one that a validation follows."""
-    (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
-    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
-    path = write_npz(tmp_path / "images.npz", train=1300)
-    more = ["--trainer.val_check_interval", "50", "--data.val_size", "16", "--trainer.max_epochs", "1"]
-    done = run(
-        [*FIT, *words(path, tmp_path / "run"), *more, "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
-    )
-    assert "saved after batch 51\n" in done.stdout
+    assert f"saved after batch {batch}\n" in done.stdout
 
 
 UNDEFINED_ON_ONE = """
