@@ -192,10 +192,8 @@ def test_a_long_epoch_is_saved_within(more, batch, tmp_path, monkeypatch):
     (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
     monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
     path = write_npz(tmp_path / "images.npz", train=1300)
-    done = run(
-        [*FIT, *words(path, tmp_path / "run"), *more, "--trainer.max_epochs", "1", "--config", "ddp"]
-        + ["--trainer.callbacks+=saves_often.Tells"]
-    )
+    more = [*more, "--trainer.max_epochs", "1", "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
+    done = run([*FIT, *words(path, tmp_path / "run"), *more])
     assert f"saved after batch {batch}\n" in done.stdout
 
 
