@@ -176,6 +176,13 @@ def test_a_copy_is_made_in_the_memory_of_the_one_before():
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_in(second), tensors_in(later), strict=True))
 
 
+def test_a_copy_that_was_made_in_inference_mode_is_made_anew():
+    memory, state = {}, {"a": torch.ones(3)}
+    with torch.inference_mode():
+        copied(state, memory)
+    assert torch.equal(copied(state, memory)["a"], state["a"])
+
+
 def test_what_the_thread_still_reads_is_not_written_over(tmp_path, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
     real = checkpoint_io.write_state

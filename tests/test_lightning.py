@@ -358,6 +358,27 @@ def test_stochastic_weight_averaging_falls_by_epochs_in_both_modes():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("mode", [{}, {"automatic_optimization": False}, {"steps_per_execution": 3}])
+def test_a_checkpoint_of_a_validation_at_the_epochs_end_has_its_schedulers_rate(mode, interval, tmp_path):
+    """Nothing is left of the epoch; taken for one that the module left, it steps them again."""
+
+    class Saves(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking and trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    found = []
+    for path in (None, tmp_path / "a.ckpt"):
+        scheduler = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5), "lr_interval": interval}
+        module = LitClassifier(small_net(), **scheduler, **mode)
+        fitted = trainer(callbacks=[Saves(), RandomState()], max_epochs=3)
+        fitted.fit(module, data(), ckpt_path=path, weights_only=bool(path))
+        found.append((fitted.optimizers[0].param_groups[0]["lr"], module.net[1].weight))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
 class Dropping(SyntheticCIFAR10):
     """A loader that has lost two batches, as a ``collate_fn`` that leaves out broken samples does."""
 
@@ -374,8 +395,10 @@ class Leaving(LitClassifier):
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
 @pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("kind", "images"), [(Leaving, SyntheticCIFAR10), (LitClassifier, Dropping)])
-def test_an_epoch_cut_short_and_lost_batches_step_the_schedulers_alike(kind, images, interval):
+def test_an_epoch_cut_short_and_lost_batches_step_the_schedulers_alike(kind, images, accumulate, interval):
     found = []
     for mode in ({}, {"automatic_optimization": False}, {"steps_per_execution": 3}):
         if kind is Leaving and "steps_per_execution" in mode:
@@ -383,7 +406,7 @@ def test_an_epoch_cut_short_and_lost_batches_step_the_schedulers_alike(kind, ima
         module = kind(
             small_net(), lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5), lr_interval=interval, **mode
         )
-        fitted = trainer(max_epochs=3)
+        fitted = trainer(max_epochs=3, accumulate_grad_batches=accumulate)
         fitted.fit(module, images(60, 20, batch_size=10, val_size=20))
         found.append((module.net[1].weight, fitted.optimizers[0].param_groups[0]["lr"], fitted.global_step))
     assert found[0][1] < 0.01

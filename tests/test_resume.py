@@ -20,8 +20,7 @@ from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
 from lit_basics.errors import UserError
-from lit_basics.resuming import check_changes, find_run
-from lit_basics.run_directory import is_first
+from lit_basics.resuming import check_changes, find_run, is_new_argument
 
 SMALL = ("--config", "quickstart", "--data.train_images", "500", "--trainer.log_every_n_steps", "1")
 
@@ -534,6 +533,27 @@ def test_an_argument_that_the_class_did_not_have_has_its_default(tmp_path, monke
         sys.modules.pop("more_arguments", None)
 
 
+def test_a_class_in_the_place_of_none_is_no_new_argument(tmp_path, capsys):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    before = (run / "config.yaml").read_bytes()
+    words = ["--model.criterion", "MultiMarginLoss", "--trainer.max_epochs", "2"]
+    assert main(["fit", "--resume", "run", *words]) == 2
+    assert "the run to resume has None" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_new_arguments_are_those_of_a_class_that_is_the_same():
+    saved = {"model.class_path": "a.M", "model.init_args.old": 1, "model.init_args.loss": None}
+    same, other = {}, {"model.class_path": "a.N"}
+    assert is_new_argument("model.init_args.new", saved, same, ())
+    assert is_new_argument("model.init_args.new.class_path", saved, same, ())
+    assert is_new_argument("model.init_args.new.init_args.x", saved, same, ("model.old",))
+    assert not is_new_argument("model.init_args.new", saved, other, ())
+    assert not is_new_argument("model.init_args.new.init_args.x", saved, same, ("model.new",))
+    assert not is_new_argument("model.init_args.loss.class_path", saved, same, ())
+    assert not is_new_argument("model.init_args.old", saved, same, ())
+
+
 @pytest.mark.parametrize("command", [["fit", "--resume", "run"], ["test", "--run_dir", "run"]])
 def test_a_config_of_a_run_that_was_edited(command, tmp_path, capsys):
     run = fit(*SMALL, "--trainer.max_epochs", "1")
@@ -565,16 +585,6 @@ def test_a_process_of_another_rank_takes_the_run_of_rank_0(tmp_path, monkeypatch
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["fit", *SMALL, "--resume", "auto"]) == 2
     assert found == ["first", "second"]
-
-
-@pytest.mark.parametrize(
-    ("environment", "first"),
-    [({}, True), ({"NODE_RANK": "0"}, True), ({"NODE_RANK": "1"}, False), ({"NODE_RANK": "1", "RANK": "0"}, True)],
-)
-def test_the_first_process_of_another_node_is_not_rank_0(environment, first, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert is_first() == first
 
 
 def test_a_path_without_a_run_is_refused(tmp_path, capsys):

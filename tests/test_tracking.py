@@ -300,3 +300,33 @@ def test_the_bar_shows_the_newest_losses_and_is_drawn_now_and_then(monkeypatch):
     shown = bar.get_metrics(trainer, module)
     assert shown["train/loss"] == rows.table()[56]["train/loss"]
     assert shown["val/loss"] == rows.table()[56]["val/loss"]
+
+
+class Refuses(Rows):
+    def log_metrics(self, metrics, step=None):
+        raise OSError("no such device")
+
+
+def test_rows_that_cannot_be_logged_leave_the_first_exception():
+    """The callbacks behind have their turn."""
+    ended = []
+
+    class Fails(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                raise ZeroDivisionError
+
+    class Behind(pl.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            ended.append(type(exception))
+
+    class Both(LitClassifier):
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), Behind()]
+
+    with (
+        pytest.warns(UserWarning, match="the last rows could not be logged: OSError: no such device"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        train(Both(net()), Refuses(), Fails())
+    assert ended == [ZeroDivisionError]

@@ -188,7 +188,7 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor.to("cpu", copy=True)
         fits = old is not None and (old.dtype, old.shape, old.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
-        if old is None or not fits or where in made:  # two places may have one name
+        if old is None or not fits or old.is_inference() or where in made:  # two places may have one name
             made[where] = tensor.to("cpu", copy=True)
         else:
             made[where] = old.copy_(tensor)

@@ -56,7 +56,7 @@ def main(args: list[str] | None = None) -> int:
     except SystemExit as error:  # stopped by a signal, the state saved; or by the user's own code
         code = _code_of_signal(error)
         if code is not None:
-            print("stopped by a signal: nothing is saved", file=sys.stderr)
+            print("stopped by a signal", file=sys.stderr)
             return code
         if isinstance(error.code, int | None):
             return error.code or 0
@@ -66,7 +66,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _code_of_signal(error: SystemExit) -> int | None:
     """Return 130 or 143 where Lightning leaves after a signal, with other codes; None elsewhere."""
-    if type(error) is SystemExit and isinstance(error.__context__, KeyboardInterrupt):
+    if type(error) is SystemExit and error.code == 1 and isinstance(error.__context__, KeyboardInterrupt):
         return 130
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # imported by whoever raised it
 

@@ -218,6 +218,11 @@ class Counters:
         """The batches begun in the epoch and in the run."""
         return self._batches.current.ready, self._batches.total.ready
 
+    @property
+    def left(self) -> bool:
+        """Whether the module has left the epoch, by returning -1 from ``on_train_batch_start``."""
+        return bool(self._batches.current.ready > self._batches.current.completed)
+
     def begin_batch(self) -> int:
         """Count a batch as drawn; return its index in the epoch."""
         self._batches.increment_ready()

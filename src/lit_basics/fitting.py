@@ -65,7 +65,7 @@ def fit(args: list[str]) -> None:
 
 
 def _fit(config: Config, directory: Path, made: list[Path]) -> None:
-    trainer = None
+    trainer, failed = None, False
     try:
         config.prepare_loggers(directory)
         config.build()
@@ -96,9 +96,11 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         print(f"\nstopped by Ctrl-C after {trainer.global_step} steps; run directory: {directory}", file=sys.stderr)
         raise KeyboardInterrupt from error
     except NonFiniteError as error:
+        failed = True
         rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
         raise SystemExit(1) from error
     except Exception as error:
+        failed = True
         known = isinstance(error, (UserError, OSError, MisconfigurationException))
         if config.config.ckpt_path and not known and _was_restoring(trainer, error):
             reason = f"{type(error).__name__}: {first_line(error)[:150]}"
@@ -114,7 +116,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
                 raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
         raise
     finally:
-        finish_wandb(trainer.loggers if trainer is not None else [], failed=sys.exc_info()[0] is not None)
+        finish_wandb(trainer.loggers if trainer is not None else [], failed)
     if trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")

@@ -137,11 +137,11 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Flush the recorder when it is due, and the epoch's means after its last batch."""
         recorder, accumulate = recorder_of(trainer), trainer.accumulate_grad_batches
-        if self._manual and batch is None:  # Lightning passes over it, but steps the schedulers
-            if self._several:
-                Counters(trainer).mark_last_batch()
-            self._step_schedulers(trainer)
+        if self._several and batch is None:
+            Counters(trainer).mark_last_batch()
         stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
+        if self._manual and batch is None and stepped:  # Lightning passes over it, but steps the schedulers
+            self._step_schedulers(trainer)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.module.own_training_step and isinstance(loss, torch.Tensor):
             step = trainer.global_step + (0 if stepped else 1)
@@ -157,7 +157,7 @@ class TrainingHooks(FlushesRows):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch's means if ``max_steps`` or the module cut the epoch short, and step a plateau scheduler."""
         if not self._means_logged:
-            if self._manual and trainer.is_last_batch:  # the module left the epoch by returning -1
+            if self._manual and Counters(trainer).left:
                 self._step_schedulers(trainer)
             self._log_epoch_means(trainer)
         if trainer.is_last_batch:

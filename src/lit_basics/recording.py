@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 ROWS = 100
@@ -276,8 +277,12 @@ class FlushesRows(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Flush: they are what one looks at then."""
-        if trainer.world_size == 1:  # a flush averages over the ranks, which may not all be here
+        if trainer.world_size > 1:  # a flush averages over the ranks, which may not all be here
+            return
+        try:
             recorder_of(trainer).flush()
+        except Exception as error:  # of a lost device or a logger: the first exception is what matters
+            rank_zero_warn(f"the last rows could not be logged: {type(error).__name__}: {error}")
 
 
 def compute_logged(trainer: pl.Trainer) -> None:

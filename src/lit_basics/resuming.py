@@ -1,6 +1,6 @@
 """``--resume``: which run goes on, from which checkpoint, and what may differ from the saved configuration."""
 
-from collections.abc import Container
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,14 @@ def _checked_directory(directory: Path, resume: str) -> Path:
 
 
 def check_changes(
-    saved: dict[str, Any], typed: dict[str, Any], reset: bool = False, written: Container[str] = ()
+    saved: dict[str, Any], typed: dict[str, Any], reset: bool = False, written: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Print what differs from the saved configuration; return the new arguments of the optimizer.
 
     Args:
         saved: The run's configuration.
         typed: What it is to be from now on.
-        written: The keys of it, without ``init_args``, that were typed. Another that the run does not have is of a
-            class that takes more arguments now.
+        written: The keys of it, without ``init_args``, that were typed.
         reset: Whether another net, other data, another order or seed may be tried (``--resume_reset``).
 
     Raises:
@@ -118,8 +117,7 @@ def check_changes(
     arguments = {}
     for key, value in changes.items():
         short = key.replace(".init_args", "")
-        kind = f"{key.rpartition('.init_args.')[0]}.class_path"
-        if key not in before and short not in written and kind in before and kind not in changes:
+        if is_new_argument(key, before, changes, written):
             rank_zero_only(print)(f"the run's config.yaml has no {short}; it has its default, {value}")
             continue
         old = before.get(f"{key}.class_path", "one") if key in nulled else before.get(key)
@@ -137,6 +135,25 @@ def check_changes(
     if reset and any(key.startswith("model.") and not key.startswith((OPTIMIZER, *CHANGEABLE)) for key in changes):
         rank_zero_only(print)("the optimizer keeps the arguments that the checkpoint has, its learning rate too")
     return arguments
+
+
+def is_new_argument(key: str, before: Collection[str], changes: Container[str], written: Iterable[str]) -> bool:
+    """Return whether a key is, or is within, an argument that the run's class does not have, and that nobody typed.
+
+    Args:
+        key: The key.
+        before: All keys of the run's configuration.
+        changes: The keys of which there are other values now.
+        written: The keys, without ``init_args``, that were typed.
+    """
+    known = {".".join(parts[:n]) for parts in (name.split(".") for name in before) for n in range(len(parts) + 1)}
+    parts = key.split(".")
+    argument = next((start for n in range(1, len(parts) + 1) if (start := ".".join(parts[:n])) not in known), "")
+    owner, within, name = argument.rpartition(".init_args.")
+    kind, short = f"{owner}.class_path", argument.replace(".init_args", "")
+    typed = any(word == short or word.startswith(f"{short}.") for word in written)
+    # a name with a dot is within an argument that the class does have, which is null
+    return bool(within) and "." not in name and kind in before and kind not in changes and not typed
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

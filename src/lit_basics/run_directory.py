@@ -45,7 +45,7 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
     if launched is not None:
         return Path(launched), []
     directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if not is_first():
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return directory, []
     stamp, count = directory, 1
     try:
@@ -80,12 +80,6 @@ def launched_directory() -> str | None:
     return os.environ.get(_RUN_DIR) if int(os.environ.get("LOCAL_RANK", 0)) else None
 
 
-def is_first() -> bool:
-    """Return whether this is rank 0: which node it is on Lightning itself knows only once there is a Trainer."""
-    own_node = "RANK" in os.environ or not int(os.environ.get("NODE_RANK", 0))
-    return own_node and not rank_zero_only.rank  # type: ignore[attr-defined]
-
-
 @contextlib.contextmanager
 def held(directory: Path, patience: float = 0.0) -> Iterator[bool]:
     """Let no other process of this machine train in a run's directory, until this one ends, however it does.
@@ -100,7 +94,7 @@ def held(directory: Path, patience: float = 0.0) -> Iterator[bool]:
     Raises:
         UserError: If one still does.
     """
-    if not is_first():
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         yield False
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -160,7 +154,7 @@ def remove_traces(made: list[Path]) -> None:
     Args:
         made: Files and folders that were not there before the run.
     """
-    if not is_first():
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     for path in made:
         with contextlib.suppress(OSError):  # not written yet; or somebody else's files are in the folder by now

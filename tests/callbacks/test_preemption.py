@@ -20,6 +20,9 @@ WORDS = (
 )
 
 
+NUMBERS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
+
+
 def start(run_dir, *more):
     command = [sys.executable, "-m", "lit_basics", "fit", *WORDS, "--run_dir", str(run_dir), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -49,7 +52,7 @@ def check(whole, run):
     assert bests[0] == bests[1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(("number", "code"), NUMBERS.items())
 def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process = start("run")
@@ -62,9 +65,6 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
     assert 50 <= stopped < 258
     assert main(["fit", "--resume", "run"]) == 0
     check(whole, Path("run"))
-
-
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def in_a_project(saver, **settings):
@@ -119,7 +119,22 @@ def test_a_signal_is_told_of_where_nothing_is_saved(command, number, code, tmp_p
     assert "Traceback" not in error
     assert "test/loss" not in output
     assert not (tmp_path / "run" / "predictions.npz").exists()
-    assert ("stopped by a signal: nothing is saved" in error) == (command != "fit" or code == 143)
+    assert (error.endswith("stopped by a signal\n")) == (command != "fit" or code == 143)
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    seen = []
+
+    class Ends(LitBlitzNet):
+        def on_train_batch_end(self, *_):
+            seen.append(signal.getsignal(signal.SIGHUP))
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        in_a_project(LastCheckpoint(str(tmp_path))).fit(Ends(), SyntheticCIFAR10(64, 16, batch_size=16))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert set(seen) == {signal.SIG_IGN}
 
 
 def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):

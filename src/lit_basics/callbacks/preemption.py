@@ -29,12 +29,13 @@ class Preempted(SystemExit):
 
 
 class Preemption(Checkpoint):
-    """On SIGTERM, SIGINT or SIGUSR1, saves ``last.ckpt`` at the next step boundary and leaves.
+    """On SIGTERM, SIGINT, SIGUSR1 or SIGHUP, saves ``last.ckpt`` at the next step boundary and leaves.
 
-    The exit code is 143 (SIGTERM), 130 (SIGINT, Ctrl-C) or 138 (SIGUSR1, which SLURM sends before the end of
-    the time if asked to). All ranks stop at the same step if one gets the signal, and none leaves before the
-    state is on the disk. A second Ctrl-C leaves at once. Handlers are installed while training runs, in the
-    main thread only. It goes behind all other callbacks.
+    The exit code is 143 (SIGTERM), 130 (SIGINT, Ctrl-C), 138 (SIGUSR1, which SLURM sends before the end of
+    the time if asked to) or 129 (SIGHUP, of a terminal that is closed; ``nohup`` has it ignored, as here). All ranks
+    stop at the same step if one gets the signal, and none leaves before the state is on the disk. A second Ctrl-C
+    leaves at once. Handlers are installed while training runs, in the main thread only. It goes behind all other
+    callbacks.
 
     Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
     would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
@@ -67,8 +68,9 @@ class Preemption(Checkpoint):
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._interrupted_at = 0, float("inf")
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
         self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
         if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):

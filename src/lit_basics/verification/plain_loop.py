@@ -24,8 +24,8 @@ from lit_basics.modules import LitSupervised
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 PRECISIONS = ("32-true", "bf16-mixed", *DTYPES)
-TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 """The precisions that the loop has."""
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class NotApplicable(Exception):
