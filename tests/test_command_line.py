@@ -307,11 +307,6 @@ def test_closed_streams_end_no_run(closed, tmp_path):
     assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
 
 
-def test_what_is_typed_wins_wherever_it_stands(capsys):
-    assert main(["fit", "--trainer.max_epochs", "7", "--config", "objective-powers", "--print_config"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_epochs"] == 7
-
-
 def test_a_run_of_a_class_with_arguments_is_named_after_the_class():
     path = "lit_basics.nets.Square"
     model = json.dumps({"class_path": "LitObjective", "init_args": {"objective": path, "note": "a/b"}})

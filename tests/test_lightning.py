@@ -234,12 +234,6 @@ def test_a_checkpoint_by_time_that_lightning_never_saves_is_refused(tmp_path):
 
 
 def test_what_manual_mode_cannot_honour_is_refused():
-    class OwnScheduler(LitClassifier):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-            return [optimizer], [scheduler]
-
     class TwoOptimizers(LitClassifier):
         def configure_optimizers(self):
             return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]
@@ -248,13 +242,10 @@ def test_what_manual_mode_cannot_honour_is_refused():
         def optimizer_step(self, *args, **kwargs):
             super().optimizer_step(*args, **kwargs)
 
-    with pytest.raises(UserError, match="give it as lr_scheduler= and lr_interval= instead"):
-        trainer().fit(OwnScheduler(small_net(), automatic_optimization=False), data())
     with pytest.raises(UserError, match="returns 2 optimizers"):
         trainer().fit(TwoOptimizers(small_net(), automatic_optimization=False), data())
     with pytest.raises(UserError, match="overrides optimizer_step"):
         OwnStep(small_net(), automatic_optimization=False)
-    trainer().fit(OwnScheduler(small_net()), data())
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")

@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -398,21 +397,17 @@ def wandb_can_log_in() -> bool:
 def named_configs(args: list[str]) -> list[str]:
     """Return ``args`` with each ``--config NAME`` replaced by the recipe's path, each path checked.
 
-    Configs come first, in their order: what is typed wins wherever it stands.
-
     Raises:
         UserError: If a recipe or a file does not exist or is not YAML text with keys.
     """
-    configs, rest = [], []
-    words = iter(args)
-    for word in words:
-        if word in ("--config", "-c"):
-            configs += [word, *(str(config_path(name)) for name in islice(words, 1))]
+    words: list[str] = []
+    for word in args:
+        if words and words[-1] in ("--config", "-c"):
+            word = str(config_path(word))
         elif word.startswith("--config="):
-            configs.append(f"--config={config_path(word.removeprefix('--config='))}")
-        else:
-            rest.append(word)
-    return [*configs, *rest]
+            word = f"--config={config_path(word.removeprefix('--config='))}"
+        words.append(word)
+    return words
 
 
 def config_path(name: str) -> Path:

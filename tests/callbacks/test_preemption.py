@@ -23,9 +23,17 @@ WORDS = (
 NUMBERS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
 
+def interruptible():
+    """Take signals, though these tests may run in the background of a shell or under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(run_dir, *more):
     command = [sys.executable, "-m", "lit_basics", "fit", *WORDS, "--run_dir", str(run_dir), *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     rows = Path(run_dir) / "metrics.csv"
     deadline = time.monotonic() + 120
     while not rows.is_file() or rows.read_text().count("\n") < 60:
@@ -110,7 +118,9 @@ def test_a_signal_is_told_of_where_nothing_is_saved(command, number, code, tmp_p
             "from lit_basics.cli import main\nsys.exit(main())\n"
         )
         line = [sys.executable, "slow.py", command, "--run_dir", "run", "--trainer.callbacks", slow]
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+        )
         while "begun" not in process.stdout.readline():
             assert process.poll() is None, process.communicate()[1]
     process.send_signal(number)
