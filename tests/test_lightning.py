@@ -375,7 +375,7 @@ class Dropping(SyntheticCIFAR10):
 
     def train_dataloader(self):
         batches = list(super().train_dataloader())
-        kept = [None if index in (1, len(batches) - 1) else batch for index, batch in enumerate(batches)]
+        kept = [None if index in (2, len(batches) - 1) else batch for index, batch in enumerate(batches)]
         return DataLoader(kept, batch_size=None)
 
 
