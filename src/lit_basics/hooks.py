@@ -220,15 +220,18 @@ class TrainingHooks(FlushesRows):
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric|You called `self.log")
             values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
             for name, value in values.items():
-                if not (isinstance(value, torch.Tensor) and value.numel() == 1):
-                    raise UserError(f"{name} is {value}, not one number: metrics= takes torchmetrics that give one")
+                try:
+                    values[name] = float(value)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    what = f"{name} is {value}, not one number: metrics= takes torchmetrics that give one"
+                    raise UserError(what) from error
             for name, metric in metrics.items():
                 # in a fit the rows go to the loggers below, with the number of completed steps
                 self.module.log(f"{stage}/{name}", metric, logger=not fitting)
         if fitting and not trainer.sanity_checking:
             recorder = recorder_of(trainer)
             recorder.flush_finished()  # the rows of earlier steps come first
-            recorder.write({name: float(value) for name, value in values.items()}, trainer.global_step)
+            recorder.write(values, trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
