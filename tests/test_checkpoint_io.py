@@ -159,7 +159,9 @@ def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     assert copy["lr"] == 0.1
 
 
-def test_a_copy_is_made_in_the_memory_of_the_one_before():
+def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
+    monkeypatch.setattr(checkpoint_io, "LARGE", 0)
+
     def state(value):
         weights = {"a": torch.full((3, 4), value), "b": torch.full((4, 3), value).t(), "c": torch.full((2,), value)}
         trained = torch.full((2,), value, requires_grad=True)
@@ -176,7 +178,8 @@ def test_a_copy_is_made_in_the_memory_of_the_one_before():
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_in(second), tensors_in(later), strict=True))
 
 
-def test_a_copy_that_was_made_in_inference_mode_is_made_anew():
+def test_a_copy_that_was_made_in_inference_mode_is_made_anew(monkeypatch):
+    monkeypatch.setattr(checkpoint_io, "LARGE", 0)
     memory, state = {}, {"a": torch.ones(3)}
     with torch.inference_mode():
         copied(state, memory)
@@ -195,6 +198,7 @@ def test_what_the_thread_still_reads_is_not_written_over(tmp_path, monkeypatch):
         real(path, state)
 
     monkeypatch.setattr(checkpoint_io, "write_state", slow)
+    monkeypatch.setattr(checkpoint_io, "LARGE", 0)
     io = DurableCheckpointIO(asynchronous=True)
     go_on.set()
     for value in (1, 2):

@@ -33,6 +33,8 @@ from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
 """Key of a checkpoint: the version that wrote it."""
+LARGE = 1 << 16
+"""Bytes of a tensor from which new memory takes longer than to look for memory that is there."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -177,15 +179,15 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
 
     Args:
         state: Nested dicts and lists of tensors and primitives.
-        memory: Tensors of a copy that nobody reads any more, by their names. The new copy is made in them where they
-            fit, several times as fast as in new memory; then they are those of the new copy.
+        memory: Large tensors of a copy that nobody reads any more, by their names. The new copy is made in them where
+            they fit, several times as fast as in new memory; then they are those of the new copy.
     """
     memory = {} if memory is None else memory
     made: dict[str, Tensor] = {}
 
     def copy_of(where: str, tensor: Tensor) -> Tensor:
         tensor, old = tensor.detach(), memory.get(where)
-        if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        if tensor.nbytes < LARGE or type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor.to("cpu", copy=True)
         fits = old is not None and (old.dtype, old.shape, old.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
         if old is None or not fits or old.is_inference() or where in made:  # two places may have one name
@@ -204,7 +206,8 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes
             alone[pointer] = (where, tensor) if whole and pointer not in alone else None
     # deepcopy takes ten times as long for a small tensor
-    copies |= {id(tensor): copy_of(where, tensor) for where, tensor in filter(None, alone.values())}
+    for where, tensor in filter(None, alone.values()):
+        copies[id(tensor)] = tensor.clone() if tensor.nbytes < LARGE else copy_of(where, tensor)
     copy_ = copy.deepcopy(state, copies)
     memory.clear()
     memory.update(made)
