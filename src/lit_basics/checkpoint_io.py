@@ -179,7 +179,7 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
 
     Args:
         state: Nested dicts and lists of tensors and primitives.
-        memory: Large tensors of a copy that nobody reads any more, by their names. The new copy is made in them where
+        memory: Tensors of a copy that nobody reads any more, by their names. The new copy is made in them where
             they fit, several times as fast as in new memory; then they are those of the new copy.
     """
     memory = {} if memory is None else memory
@@ -187,7 +187,7 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
 
     def copy_of(where: str, tensor: Tensor) -> Tensor:
         tensor, old = tensor.detach(), memory.get(where)
-        if tensor.nbytes < LARGE or type(tensor) is not Tensor or tensor.layout != torch.strided:
+        if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor.to("cpu", copy=True)
         fits = old is not None and (old.dtype, old.shape, old.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
         if old is None or not fits or old.is_inference() or where in made:  # two places may have one name

@@ -219,7 +219,7 @@ class LitSupervised(pl.LightningModule):
             return loss
 
         # automatic optimization runs backward and the update outside the precision's context, where training_step is
-        with torch.autocast(self.device.type, enabled=False), _default_dtype(self.usual_dtype):
+        with torch.autocast(self.device.type, enabled=False), default_dtype(self.usual_dtype):
             if (batch_idx + 1) % accumulate and not self.trainer.is_last_batch:
                 with optimizer.toggle_model(sync_grad=False):
                     closure()
@@ -487,7 +487,8 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the body, let new floating-point tensors be of a dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -58,13 +58,12 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
     path = Path(resume)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     load_checked(checkpoint)
-    own = checkpoint.absolute().parent.parent
+    own = path if path.is_dir() else checkpoint.absolute().parent.parent
     if run_dir and own.resolve() != Path(run_dir).resolve() and (own / "config.yaml").is_file():
         raise UserError(
             f"--resume {resume} goes on in its own directory, and would write over --run_dir {run_dir}: leave one out"
         )
-    directory = Path(run_dir) if run_dir else checkpoint.parent.parent if path.is_dir() else own
-    return _checked_directory(directory, resume), checkpoint
+    return _checked_directory(Path(run_dir or own), resume), checkpoint
 
 
 def _saved_at(directory: Path) -> float:

@@ -110,8 +110,10 @@ def verify(
     if isinstance(datamodule, ArrayDataModule):
         datamodule.prepare_data()
         trainer, datamodule.trainer = datamodule.trainer, None  # one on a GPU would have the images there
-        datamodule.setup("fit")  # once, in memory that all runs share
-        datamodule.trainer = trainer
+        try:
+            datamodule.setup("fit")  # once, in memory that all runs share
+        finally:
+            datamodule.trainer = trainer
     subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
     report = Report()
     with (

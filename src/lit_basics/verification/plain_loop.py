@@ -20,7 +20,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_basics.modules import LitSupervised
+from lit_basics.modules import LitSupervised, default_dtype
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 PRECISIONS = ("32-true", "bf16-mixed", *DTYPES)
@@ -166,12 +166,8 @@ def forward_context(precision: str) -> Iterator[None]:
         with torch.autocast("cpu", torch.bfloat16):
             yield
     else:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES.get(precision, before))
-        try:
+        with default_dtype(DTYPES.get(precision, torch.get_default_dtype())):
             yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def clipped(loss: Any, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None, algorithm: str) -> Any:
