@@ -139,9 +139,12 @@ def test_data_of_another_length_behind_the_same_key(tmp_path, capsys):
     [
         (["--model.num_classes", "11"], ["another model"]),
         (["--model", "LitBlitzNet"], ["another model"]),
-        (["--model.optimizer", "Adam"], ["torch.optim.Adam: the run to resume has torch.optim.SGD", "would not fit"]),
-        (["--model.automatic_optimization", "false"], ["the run to resume has True", "would not fit"]),
-        (["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "1"], ["would not fit"]),
+        (
+            ["--model.optimizer", "Adam"],
+            ["torch.optim.Adam: the run to resume has torch.optim.SGD", "cannot change with"],
+        ),
+        (["--model.automatic_optimization", "false"], ["the run to resume has True", "cannot change with"]),
+        (["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "1"], ["cannot change with"]),
     ],
 )
 def test_what_cannot_take_the_state_is_refused_even_so(words, fragments, capsys):

@@ -27,14 +27,16 @@ commands:
 
 options of fit, verify, validate, test and predict:
   --config C      a recipe's name or a YAML file; several are laid over one another
-  --run_dir D     fit: the run's directory, by default runs/RECIPE/DATE_TIME; else: the run to take
+  --run_dir D     fit: the run's directory, by default runs/RECIPE/DATE_TIME; validate, test, predict: the run to take
   --resume R      fit: auto goes on with the newest good run; or a run's directory or a checkpoint
   --resume_reset  resume with another batch size, data or seed, which begin anew with the next epoch
   --ckpt_path P   the checkpoint to start from; for validate, test and predict by default the run's best
   --allow_import P  let a config name what lies in the package P, beside the libraries of training
   --checks A,B    verify: only these checks; --steps N for longer or shorter runs
   --KEY VALUE     any setting, such as --trainer.max_epochs 3, --model.optimizer Adam or --data.batch_size 64
+  --print_config  fit: print the resolved configuration and train nothing
   --help          after a command: the Trainer's settings; --model.help CLASS: a class's
+  --version       print the version
 
 recipes: {", ".join(recipe_names())}
 overlays: {", ".join(recipe_names("overlays"))}
@@ -42,7 +44,7 @@ overlays: {", ".join(recipe_names("overlays"))}
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 wrong input, 130 or 143 stopped by a signal."""
+    """Run the command line and return its exit code, as docs/command-line.md lists them."""
     if args is None:
         args = sys.argv[1:]
         outlive_readers()

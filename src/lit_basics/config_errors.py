@@ -270,7 +270,7 @@ def _nearest_key(wrong: str, keys: list[str], prefix: str = "") -> str:
     """
     parent, _, last = wrong.rpartition(".")
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
-    others = [key for key in [*_COMMON, *keys] if key not in siblings.values()]
+    others = [key for key in [*_COMMON, *keys] if key != wrong and key not in siblings.values()]
     ends = {key.rpartition(".")[2]: key for key in reversed(others)}
     close = [ends[last]] if last in ends else []
     close = close or [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1)]

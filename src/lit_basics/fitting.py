@@ -1,6 +1,7 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
 import contextlib
+import math
 import signal
 import sys
 import traceback
@@ -34,7 +35,15 @@ from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.recipes import recipe_names
-from lit_basics.resuming import OptimizerArguments, ResumedData, check_changes, find_run, flat
+from lit_basics.resuming import (
+    OPTIMIZER,
+    OptimizerArguments,
+    ResumedData,
+    check_arguments,
+    check_changes,
+    find_run,
+    flat,
+)
 from lit_basics.run_directory import (
     PATIENCE,
     check_writable,
@@ -97,7 +106,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise KeyboardInterrupt from error
     except NonFiniteError as error:
         failed = True
-        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
+        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory, trainer)}", file=sys.stderr)
         raise SystemExit(1) from error
     except Exception as error:
         failed = True
@@ -138,14 +147,16 @@ def has_trained(trainer: pl.Trainer) -> bool:
     return any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _after_non_finite(directory: Path) -> str:
+def _after_non_finite(directory: Path, trainer: pl.Trainer | None) -> str:
     last = directory / "checkpoints" / "last.ckpt"
     if not last.exists():
         return f"no checkpoint was written before; the rows are in {directory}"
-    return (
-        f"the last good state is {last}; to go on from it with another learning rate: "
-        f"lit_basics fit --resume {directory} --model.optimizer.lr ..."
-    )
+    good, command = f"the last good state is {last}; to go on from it", f"lit_basics fit --resume {directory}"
+    if trainer is not None and f"{OPTIMIZER}lr" in flat(read_config(directory / "config.yaml")):
+        with contextlib.suppress(UserError):
+            check_arguments(trainer, {"lr": math.nan})
+            return f"{good} with another learning rate: {command} --model.optimizer.lr ..."
+    return f"{good}: {command}"
 
 
 def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[Config, Path, list[Path]]:
@@ -190,10 +201,11 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
 def run_name(args: list[str]) -> str:
     """Return the stem of the first config that is no packaged overlay, else the model's class."""
     names = config_names(args)
-    names = [name for name in names if name not in recipe_names("overlays")] or names
-    if names:
-        return Path(names[0]).stem
-    model = option(args, "--model") or "run"
+    own = [name for name in names if name not in recipe_names("overlays")]
+    model = option(args, "--model")
+    if own or (names and model is None):
+        return Path((own or names)[0]).stem
+    model = model or "run"
     if model.startswith("{"):  # the class with its arguments
         with contextlib.suppress(yaml.YAMLError, AttributeError):
             model = str(yaml.safe_load(model).get("class_path"))

@@ -34,10 +34,10 @@ class MetricsCSV(Logger):
         resume: Whether to go on in a file that is there instead, which :meth:`cut_back` shortens.
     """
 
-    def __init__(self, path: Path, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, resume: bool = False) -> None:
         super().__init__()
         self._resume = resume
-        self.path = path
+        self.path = Path(path)
         self._keys: list[str] = []
         self._file: FileIO | None = None
         self._end = 0  # the file's length

@@ -66,7 +66,7 @@ class LitSupervised(pl.LightningModule):
         automatic_optimization: False for manual optimization: the weights are the same bit for bit, and
             ``Trainer(gradient_clip_val=…, accumulate_grad_batches=…)`` and schedulers work as well.
         steps_per_execution: Optimizer steps for each batch that Lightning handles; above 1 they are made in manual
-            optimization. It changes the speed of small nets only: see :mod:`lit_basics.execution`.
+            optimization. It changes the speed of small nets only.
         compile_net: Whether ``net.compile()`` comes before training (torch.compile, in place: names in checkpoints
             stay), or its mode; with "reduce-overhead" torch captures forward and backward as CUDA graphs on a GPU. It
             takes a while and a compiler, and rounds differently.
@@ -299,8 +299,8 @@ class LitLeNet5(LitClassifier):
     Args:
         num_classes: Number of classes.
         in_channels: Channels of the images.
-        activation: As :class:`~lit_basics.nets.LeNet5`.
-        pooling: As :class:`~lit_basics.nets.LeNet5`.
+        activation: Name of the activation; the paper's is ``tanh``.
+        pooling: ``avg`` as in the paper, or ``max``.
         optimizer: Makes the optimizer from the parameters.
         **kwargs: As :class:`LitClassifier`.
     """

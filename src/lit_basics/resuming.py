@@ -124,7 +124,7 @@ def check_changes(
         if key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER):
             arguments[key.removeprefix(OPTIMIZER)] = value
         elif key.startswith(RESTORED):
-            raise UserError(f"{was}, and its state would not fit; start a new run")
+            raise UserError(f"{was}, which cannot change with its saved state; start a new run")
         elif not key.startswith(CHANGEABLE) and key not in PATHS and not reset:
             raise UserError(
                 f"{was}; start a new run for another net, data, order or seed, or add --resume_reset to keep the "
@@ -247,27 +247,9 @@ class OptimizerArguments(pl.Callback):
         """Write the arguments into the groups and the schedulers.
 
         Raises:
-            UserError: If ``lr`` is to change under a scheduler that would undo it, or if the groups do not share
-                a value.
+            UserError: As :func:`check_arguments`.
         """
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        if "lr" in self.arguments:
-            for scheduler in schedulers:
-                if isinstance(scheduler, OWN_RATES):
-                    raise UserError(
-                        f"{type(scheduler).__name__} keeps learning rates of its own, so lr cannot be "
-                        f"{self.arguments['lr']} on a resume: resume without it, or start a new run with it"
-                    )
-        for name, wanted in self.arguments.items():
-            for optimizer in trainer.optimizers:
-                groups = optimizer.param_groups
-                key = "initial_lr" if name == "lr" else name
-                values = [group.get(key, group.get(name)) for group in groups]
-                if name not in groups[0] or any(value != values[0] for value in values):
-                    raise UserError(
-                        f"{type(optimizer).__name__} has no one {name} for all parameters, so it cannot be {wanted} on "
-                        "a resume: resume without it, or start a new run with it"
-                    )
+        check_arguments(trainer, self.arguments)
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             for name, value in self.arguments.items():
                 if name == "lr" and "initial_lr" in group:
@@ -275,6 +257,31 @@ class OptimizerArguments(pl.Callback):
                     group["initial_lr"] = value
                 else:
                     group[name] = value
-        for scheduler in schedulers:
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             if "lr" in self.arguments and hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [self.arguments["lr"]] * len(scheduler.base_lrs)
+
+
+def check_arguments(trainer: pl.Trainer, arguments: dict[str, Any]) -> None:
+    """Check that the Trainer's optimizers can be given new arguments on a resume.
+
+    Raises:
+        UserError: If ``lr`` is to change under a scheduler that would undo it, or if the groups do not share a value.
+    """
+    if "lr" in arguments:
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if isinstance(scheduler, OWN_RATES):
+                raise UserError(
+                    f"{type(scheduler).__name__} keeps learning rates of its own, so lr cannot be {arguments['lr']} "
+                    "on a resume: resume without it, or start a new run with it"
+                )
+    for name, wanted in arguments.items():
+        for optimizer in trainer.optimizers:
+            groups = optimizer.param_groups
+            key = "initial_lr" if name == "lr" else name
+            values = [group.get(key, group.get(name)) for group in groups]
+            if name not in groups[0] or any(value != values[0] for value in values):
+                raise UserError(
+                    f"{type(optimizer).__name__} has no one {name} for all parameters, so it cannot be {wanted} on a "
+                    "resume: resume without it, or start a new run with it"
+                )

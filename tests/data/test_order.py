@@ -120,3 +120,52 @@ def test_an_epoch_that_was_cut_short_is_not_continued():
 def test_indices_are_int64():
     for _, index in EpochOrder(5, 2, shuffle=True):
         assert index.dtype == torch.int64
+
+
+def test_a_look_within_a_named_epoch_moves_nothing():
+    """Where a look is not taken back, the state is the look's, and the next iteration is of the epoch after."""
+    order, plain = (EpochOrder(50, 7, shuffle=True) for _ in range(2))
+    plain.set_epoch(3)
+    whole = [index.tolist() for _, index in plain]
+    order.set_epoch(3)
+    next(iter(order))
+    training = iter(order)
+    seen = [next(training)[1].tolist() for _ in range(2)]
+    due = order.state_dict()
+    assert (due["epoch"], due["position"]) == (3, 2)
+    next(iter(order))
+    assert len(list(order)) == 8  # a whole pass
+    assert order.state_dict() == due
+    assert seen + [index.tolist() for _, index in training] == whole
+
+
+def test_a_look_before_a_resumed_epoch_moves_nothing():
+    """Where a look uses the loaded state up, the epoch begins anew."""
+    order, plain = (EpochOrder(50, 7, shuffle=True) for _ in range(2))
+    plain.set_epoch(2)
+    whole = [index.tolist() for _, index in plain]
+    order.set_epoch(2)
+    training = iter(order)
+    for _ in range(3):
+        next(training)
+    resumed = EpochOrder(50, 7, shuffle=True)
+    resumed.load_state_dict(order.state_dict())
+    for _ in range(2):
+        next(iter(resumed))  # as in a module's on_train_start
+    resumed.set_epoch(2)
+    next(iter(resumed))  # as in on_train_epoch_start
+    assert [index.tolist() for _, index in resumed] == whole[3:]
+    resumed.set_epoch(2)  # another fit
+    assert [index.tolist() for _, index in resumed] == whole
+
+
+def test_a_plain_loops_state_after_an_epoch_begins_the_next():
+    """Without it the first iteration after the resume is empty."""
+    order, plain = (EpochOrder(50, 7, shuffle=True) for _ in range(2))
+    epochs = [[index.tolist() for _, index in plain] for _ in range(3)]
+    kept = iter(order)
+    next(kept)  # a look whose iterator is kept
+    assert [index.tolist() for _, index in order] == epochs[1]
+    resumed = EpochOrder(50, 7, shuffle=True)
+    resumed.load_state_dict(order.state_dict())
+    assert [index.tolist() for _, index in resumed] == epochs[2]

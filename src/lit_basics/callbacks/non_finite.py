@@ -79,7 +79,7 @@ class NonFiniteGuard(pl.Callback):
     run goes on as if it had not stopped. Works in any Lightning project, in automatic and manual optimization.
 
     Args:
-        policy: What to do: see above.
+        policy: ``stop`` with an error, ``skip`` the step, or ``rollback`` to the last snapshot.
         budget: Number of faults that ``skip`` and ``rollback`` tolerate.
         every_n_batches: Batches between two snapshots.
 

@@ -130,7 +130,7 @@ class ArrayDataModule(pl.LightningDataModule):
     Args:
         batch_size: Size of the global batch; it must divide by the number of processes.
         val_size: Validation images taken from the training images: a fraction (float) or a number (int).
-        seed: Seed of the validation split and of the order of each epoch.
+        seed: Seed of the validation split, of the order and of crop, flip and cutout of each epoch.
         mean: Mean of each channel of pixels in [0, 1]; of the training images by default.
         std: Standard deviation of each channel; of the training images by default.
         crop: Largest random shift of a training image, in pixels, filled in by reflection.

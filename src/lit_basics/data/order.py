@@ -24,7 +24,9 @@ class EpochOrder:
     that all ranks take equal shares; in evaluation (``shuffle=False``) rank r takes every world-size-th sample
     from r on, so that each sample comes exactly once.
 
-    Lightning calls :meth:`set_epoch` before each epoch. Without it, each iteration begins the next epoch.
+    Lightning calls :meth:`set_epoch` before each epoch. After it, each iteration is of that epoch, from its beginning
+    or from where a loaded state stood, and a look at some batches changes nothing; where one came to the end, the next
+    is of the epoch after. Without it, each iteration begins the next epoch.
 
     Args:
         size: Number of samples.
@@ -54,9 +56,11 @@ class EpochOrder:
         self.epoch = 0
         self.rank = rank
         self.world_size = world_size
-        self._position = 0
         self._set = 0  # the epoch that was begun by name; the order runs ahead where it is begun again within
-        self._resumed = False
+        self._named = False
+        self._loaded: tuple[int, int] | None = None  # the epoch and position of a state, until training goes on there
+        self._running: tuple[list[int], ...] = ()  # [epoch, position] of iterations of a named epoch, the latest last
+        self._begin(0, 0)
         check_batch_size(batch_size)
         check_seed(seed)
         if batch_size % world_size:
@@ -82,21 +86,40 @@ class EpochOrder:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch`` at the next iteration, unless it is the one in which a loaded state was taken."""
-        if epoch != self._set or not self._resumed:
-            self.epoch, self._position, self._resumed = epoch, 0, False
-        self._set = epoch
+        self._begin(*(self._loaded if self._loaded is not None and epoch == self._set else (epoch, 0)))
+        self._set, self._named, self._running = epoch, True, ()
+
+    def _begin(self, epoch: int, start: int) -> None:
+        """Have the next iterations begin at a batch."""
+        self.epoch, self._start, self._position = epoch, start, start
+        self._begun = self._exhausted = False
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch, this rank's sample indices, int64)."""
-        if self._position and not self._resumed:
+        if self._begun and (not self._named or self._position == len(self)):
             # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
-            self.epoch, self._position = self.epoch + 1, 0
-        self._resumed = False
-        order, epoch = self._samples(), self.epoch
-        for batch in range(self._position, len(self._stops)):
-            start = self._stops[batch - 1] if batch else 0
-            self.epoch, self._position = epoch, batch + 1  # there may be another iteration beside this one
-            yield batch, self._share(order, start, self._stops[batch])
+            self._begin(self.epoch + 1, 0)
+        self._begun = True
+        if self._named:
+            self._loaded = None
+        order, own = self._samples(), [self.epoch, self._start]
+        try:
+            for batch in range(self._start, len(self._stops)):
+                start, own[1] = self._stops[batch - 1] if batch else 0, batch + 1
+                self.epoch, self._position = own  # there may be another iteration beside this one
+                if self._named and (not self._running or self._running[-1] is not own):
+                    self._running = (*self._others(own), own)
+                yield batch, self._share(order, start, self._stops[batch])
+            if not self._named:
+                self._exhausted, self._loaded = True, None
+        finally:
+            if any(other is own for other in self._running):  # a look that is over: back to where the training is
+                self._running = self._others(own)
+                if self._running:
+                    self.epoch, self._position = self._running[-1]
+
+    def _others(self, own: list[int]) -> tuple[list[int], ...]:
+        return tuple(other for other in self._running if other is not own)
 
     def _samples(self) -> Tensor:
         if not self.shuffle:
@@ -111,7 +134,9 @@ class EpochOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and the number of batches of it that were given out."""
-        return {"epoch": self.epoch, "position": self._position, "set_epoch": self._set, **self._shape()}
+        # after the last batch it is due; after a whole iteration of a plain loop it has been trained on
+        epoch, position = (self.epoch + 1, 0) if self._exhausted else (self.epoch, self._position)
+        return {"epoch": epoch, "position": position, "set_epoch": self._set, **self._shape()}
 
     def _shape(self) -> dict[str, int]:
         return {"size": self.size, "batch_size": self.batch_size, "world_size": self.world_size, "seed": self.seed}
@@ -123,8 +148,10 @@ class EpochOrder:
             UserError: If that was another order: of another size, batch size, world size or seed.
         """
         check_same_data(state, self._shape())
-        self.epoch, self._position, self._resumed = int(state["epoch"]), int(state["position"]), True
+        self._loaded = int(state["epoch"]), int(state["position"])
+        self._begin(*self._loaded)
         self._set = int(state.get("set_epoch", self.epoch))  # not in files of earlier versions
+        self._named, self._running = False, ()
 
 
 def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
