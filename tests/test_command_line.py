@@ -418,3 +418,17 @@ def test_the_directory_of_a_run_is_typed(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("run_dir: a/b\n")
     assert main(["fit", "--config", "quickstart", "--config", "mine.yaml"]) == 2
     assert "run_dir is typed, never part of a config: --run_dir a/b" in capsys.readouterr().err
+
+
+def test_a_run_is_named_after_its_config_or_its_model():
+    """An overlay is a name only where there is no other: runs of all models that take it would share a folder."""
+    assert run_name(["--config", "quickstart", "--config", "ddp"]) == "quickstart"
+    assert run_name(["--config", "manual", "--model", "LitLeNet5"]) == "LitLeNet5"
+    assert run_name(["--config", "manual", "--config", "mine/own.yaml", "--model", "LitLeNet5"]) == "own"
+    assert run_name(["--config", "manual"]) == "manual"
+
+
+def test_a_key_is_not_proposed_for_itself(capsys):
+    """``model.optimizer.lr`` is a key of most modules, and not of this one."""
+    assert main(["fit", "--config", "muon", "--model.optimizer.lr", "0.1"]) == 2
+    assert "did you mean 'model.optimizer.lr'" not in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import importlib
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
 from lit_basics.errors import UserError
+from lit_basics.recipes import recipe_path
 from lit_basics.resuming import check_changes, find_run, is_new_argument
 
 SMALL = ("--config", "quickstart", "--data.train_images", "500", "--trainer.log_every_n_steps", "1")
@@ -403,6 +405,156 @@ def test_a_new_learning_rate_wins_over_the_checkpoint(tmp_path, capsys):
     assert {row["lr"] for step, row in table.items() if step <= 8 and "lr" in row} == {0.03}
     assert {row["lr"] for step, row in table.items() if step > 8 and "lr" in row} == {0.001}
     assert "resuming with model.optimizer.lr 0.001 (was 0.03)" in capsys.readouterr().out
+
+
+def rates(table, above):
+    return {row["lr"] for step, row in table.items() if step > above and "lr" in row}
+
+
+def test_what_was_typed_since_the_checkpoint_is_not_lost(tmp_path, capsys):
+    """Held against config.yaml alone, which has it, the checkpoint's old learning rate comes back without a word."""
+    fit(*SMALL, "--trainer.max_epochs", "1")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("lr: 0.03", "lr: 0.001"))
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 0
+    assert "resuming with model.optimizer.lr 0.001 (was 0.03)" in capsys.readouterr().out
+    assert rates(metrics("run"), 8) == {0.001}
+
+
+def test_a_new_run_from_a_checkpoint_has_the_learning_rate_that_was_typed(tmp_path, capsys):
+    """Without ``changed_arguments`` it is the checkpoint's, and Adam ends in KeyError: 'betas'."""
+    fit(*SMALL, "--trainer.max_epochs", "1", run_dir="old")
+    words = ["--ckpt_path", "old/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]
+    capsys.readouterr()
+    assert main(["fit", *SMALL, *words, "--run_dir", "new", "--model.optimizer.lr", "0.001"]) == 0
+    assert "model.optimizer.lr is 0.001 (old/checkpoints/last.ckpt has 0.03)" in capsys.readouterr().out
+    assert rates(metrics("new"), 8) == {0.001}
+    assert main(["fit", *SMALL, *words, "--run_dir", "other", "--model.optimizer", "Adam"]) == 2
+    assert "has torch.optim.SGD, whose state the new run would be given" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+OWN = """
+import torch
+from lightning.pytorch import LightningModule
+
+class Own(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer, self.other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)[:, :1]
+        loss = (self.layer(x) + self.other(x)).square().mean()
+        self.manual_backward(loss)
+        self.log("train/loss", loss)
+        for optimizer in self.optimizers():
+            if STEPS:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.01) for part in (self.layer, self.other)]
+"""
+
+
+@pytest.mark.parametrize("steps", ["batch_idx % 4 == 3", "True"])
+def test_the_rows_of_a_foreign_module_in_manual_optimization(steps, tmp_path, monkeypatch):
+    """Cut back to ``global_step``, rows are lost where not each batch makes a step, and kept where it makes two."""
+    (tmp_path / "own_manual.py").write_text(OWN.replace("STEPS", steps))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--model", "own_manual.Own", "--data", "SyntheticCIFAR10", "--data.train_images", "500"]
+    words += ["--trainer.log_every_n_steps", "1", "--best_checkpoint", "false", "--allow_import", "own_manual"]
+    try:
+        whole = fit(*words, "--trainer.max_epochs", "4", run_dir="whole")
+        run = fit(*words, "--trainer.max_epochs", "2")
+        half = (run / "metrics.csv").read_text()
+        shutil.copytree(run / "checkpoints", "checkpoints")
+        again = ["fit", *words[-2:], "--resume", "run", "--trainer.max_epochs"]
+        assert main([*again, "3"]) == 0
+        shutil.rmtree(run / "checkpoints")
+        shutil.copytree("checkpoints", run / "checkpoints")  # as if killed after the third epoch
+        assert main([*again, "4"]) == 0
+        assert (run / "metrics.csv").read_text().startswith(half)
+        assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    finally:
+        sys.modules.pop("own_manual", None)
+
+
+def test_a_checkpoint_of_the_runs_own_name_is_refused(tmp_path, capsys):
+    """Without the check a ModelCheckpoint writes over ``best.ckpt``."""
+    for name in ("best", "last"):
+        callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename", name]
+        assert main(["fit", *SMALL, "--run_dir", "run", *callback]) == 2
+        assert f"filename {name}: the run keeps a checkpoint of its own under this name" in capsys.readouterr().err
+        assert not Path("run").exists()
+
+
+def test_a_best_loss_checkpoint_of_ones_own_takes_the_place_of_the_runs(tmp_path):
+    """Beside it the run's own writes the same files, by another loss."""
+    callback = ["--trainer.callbacks+=BestLossCheckpoint", "--trainer.callbacks.monitor", "train/loss"]
+    run = fit(*SMALL, "--trainer.max_epochs", "2", *callback)
+    states = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
+    assert [key for key in states if "BestLossCheckpoint" in key] == ["BestLossCheckpoint{'monitor': 'train/loss'}"]
+
+
+def test_a_config_in_the_runs_directory_is_not_written_over(tmp_path, capsys):
+    """Without ``check_own_configs`` the resolved configuration takes its place."""
+    Path("mine").mkdir()
+    text = recipe_path("quickstart").read_text() + "# my own\n"
+    Path("mine/config.yaml").write_text(text)
+    for words in ([], ["--resume", "auto"]):
+        assert main(["fit", "--config", "mine/config.yaml", "--run_dir", "mine", *words]) == 2
+        assert "--config mine/config.yaml: the run would write over it" in capsys.readouterr().err
+    assert [path.name for path in Path("mine").iterdir()] == ["config.yaml"]
+    assert Path("mine/config.yaml").read_text() == text
+
+
+def test_auto_takes_no_run_of_another_model(tmp_path, capsys):
+    """Without the check the newest run of a config of the same name goes on."""
+    for name, model in (("a", "LitLeNet5"), ("b", "LitBlitzNet")):
+        Path(name).mkdir()
+        content = yaml.safe_load(recipe_path("quickstart").read_text()) | {"model": {"class_path": model}}
+        Path(name, "mine.yaml").write_text(yaml.safe_dump(content))
+    words = ["--data.train_images", "200", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", "a/mine.yaml", *words]) == 0
+    assert main(["fit", "--config", "b/mine.yaml", *words, "--resume", "auto"]) == 2
+    message = capsys.readouterr().err
+    assert "whose model is lit_basics.LitLeNet5, not lit_basics.LitBlitzNet: name the run's own --run_dir" in message
+
+
+def test_the_patience_of_a_resumed_run_is_the_new_one(tmp_path):
+    """Its state alone brings back the old one: the run ends after one epoch more."""
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    stop += ["--trainer.callbacks.min_delta", "100"]
+    fit(*SMALL, "--trainer.max_epochs", "1", *stop, "--trainer.callbacks.patience", "2")
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("patience: 2", "patience: 9"))
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "4"]) == 0
+    assert newest(Path("run"))["global_step"] == 32
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path, capsys):
+    """Without the quotes the run's configuration has 0.0001, which no text may be."""
+    words = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", ".", "--trainer.max_epochs", "1"]
+    words += ["--trainer.logger.name", "1e-4"]
+    run = fit("--config", "linear", *words)
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == "1e-4"
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 0
+
+
+def test_a_class_typed_again_keeps_the_runs_arguments(tmp_path, capsys):
+    """Where a typed model has the run's configuration not read, the net is another."""
+    fit(*SMALL, "--trainer.max_epochs", "1", "--model.activation", "relu")
+    capsys.readouterr()
+    assert main(["test", "--run_dir", "run"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["test", "--run_dir", "run", "--model", "LitLeNet5", "--data", "SyntheticCIFAR10"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 SCHEDULED = """

@@ -150,7 +150,7 @@ def test_metrics_csv_grows_while_the_run_goes_on(tmp_path):
 
 def test_a_key_of_letters_of_several_bytes(tmp_path):
     """Without the bytes beyond one a letter a late value is written into the row before."""
-    log = MetricsCSV(tmp_path / "metrics.csv")
+    log = MetricsCSV(str(tmp_path / "metrics.csv"))
     for step in (1, 2, 3):
         log.log_metrics({"größe/é": step}, step)
     log.log_metrics({"later": 0.5}, 3)

@@ -47,6 +47,23 @@ UNSERIALIZABLE = "Unable to serialize instance"
 """How jsonargparse dumps what it cannot, such as a ``torch.device``."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as ``1e-4``: a number for jsonargparse, which reads again what it dumps, but not for PyYAML."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def dump_yaml(data: Any) -> str:
+    """Return plain values as YAML."""
+    return str(yaml.dump(data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+jsonargparse.set_dumper("yaml", dump_yaml)
+
+
 class Config(LightningCLI):
     """A parsed configuration; :meth:`build` makes the objects of it."""
 
@@ -194,7 +211,7 @@ class Config(LightningCLI):
             warnings.filterwarnings("ignore", rf"\s*{UNSERIALIZABLE}")
             text = str(self.parser.dump(config, skip_unset=False))  # null may not be the default
         if UNSERIALIZABLE in text:
-            text = yaml.safe_dump(_serialized(yaml.safe_load(text), config), sort_keys=False)
+            text = dump_yaml(_serialized(yaml.safe_load(text), config))
         return text
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from lit_basics.words import config_names, option, path_option
 def evaluate(command: str, args: list[str]) -> None:
     """Validate, test or predict with a checkpoint, by default the best of the run in ``--run_dir``."""
     directory, run = path_option(args, "--run_dir"), None
-    if directory is not None and option(args, "--model") is None:
+    if directory is not None:
         saved = Path(directory) / "config.yaml"
         if saved.is_file():
             args, run = ["--config", str(saved), *args], read_config(saved)
-        elif not config_names(args):
+        elif not config_names(args) and option(args, "--model") is None:
             raise UserError(f"--run_dir {directory}: there is no run here (no config.yaml)")
     config = Config(args)
     if run is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -34,15 +34,19 @@ from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
+from lit_basics.modules import LitSupervised
 from lit_basics.recipes import recipe_names
 from lit_basics.resuming import (
+    CONFIG,
     OPTIMIZER,
     OptimizerArguments,
     ResumedData,
+    changed_arguments,
     check_arguments,
     check_changes,
     find_run,
     flat,
+    trained_config,
 )
 from lit_basics.run_directory import (
     PATIENCE,
@@ -170,14 +174,17 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
         config = Config(args)
         if config.config.ckpt_path is not None:
-            config.config.ckpt_path = str(checkpoint_path(config.config.ckpt_path, None))
+            path = checkpoint_path(config.config.ckpt_path, None)
+            config.config.ckpt_path = str(path)
+            config.optimizer_arguments = changed_arguments(path, config.to_dict())
+        check_own_configs(args, run_dir)
         directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
         if resume is not None:
             print(f"there is no run to resume: starting afresh in {directory}")
     else:
         (directory, checkpoint), made = found, []
         check_writable(directory)
-        own = ["--config", str(directory / "config.yaml")]
+        own, own_directory = ["--config", str(directory / "config.yaml")], option(args, "--run_dir") is not None
         saved = read_config(directory / "config.yaml")
         # before the run's own, which seeds the process
         typed = typed_settings([*own, *args], saved) if config_names(args) else {}
@@ -185,8 +192,10 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         config.drop_repeated(saved)
         now = config.to_dict()
         written = written_keys(without_configs(args), config.config)
-        config.optimizer_arguments = check_changes(saved, now, config.config.resume_reset, written)
-        tell_of_unread(typed, flat(now))
+        # the checkpoint may be older than what was typed since, or than an edit of config.yaml
+        trained = trained_config(checkpoint) or saved
+        config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
+        tell_of_unread(typed, flat(now), directory, chosen=option(args, "--resume") != "auto" or own_directory)
         if config.config.ckpt_path is not None:
             chosen = f"--ckpt_path {config.config.ckpt_path}"
             if option(args, "--resume") != "auto":
@@ -222,9 +231,36 @@ def typed_settings(args: list[str], saved: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def tell_of_unread(typed: dict[str, Any], own: dict[str, Any]) -> None:
-    """Say where what was typed as ``--config`` differs from the resumed run, which goes on with its own."""
+def check_own_configs(args: list[str], run_dir: str | None) -> None:
+    """Refuse to write a run's ``config.yaml`` over the one that was typed.
+
+    Raises:
+        UserError: If it would be.
+    """
+    for name in config_names(args) if run_dir else []:
+        if Path(name).resolve() == (Path(run_dir or "") / "config.yaml").resolve() and Path(name).is_file():
+            raise UserError(f"--config {name}: the run would write over it; name another --run_dir than {run_dir}")
+
+
+def tell_of_unread(typed: dict[str, Any], own: dict[str, Any], directory: Path, chosen: bool) -> None:
+    """Say where what was typed as ``--config`` differs from the resumed run, which goes on with its own.
+
+    Args:
+        typed: The settings of the words that were typed.
+        own: Those of the run.
+        directory: The run's directory.
+        chosen: Whether it was named, not found as the newest of its recipe's name.
+
+    Raises:
+        UserError: If it was not, and has another model or other data.
+    """
     keys = [key for key, value in typed.items() if own.get(key, value) != value]
+    for kind in ("model", "data"):
+        if f"{kind}.class_path" in keys and not chosen:
+            raise UserError(
+                f"--resume auto found {directory}, whose {kind} is {own[f'{kind}.class_path']}, not "
+                f"{typed[f'{kind}.class_path']}: name the run's own --run_dir"
+            )
     if keys:
         named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", …" if keys[3:] else "")
         rank_zero_only(print)(f"the run goes on with its own config.yaml; what --config names has another {named}")
@@ -252,7 +288,10 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     callbacks = with_guard(config, arguments["callbacks"])
     if arguments["enable_checkpointing"] is not False:
         checkpoints = str(directory / "checkpoints")
-        if config.config.best_checkpoint:
+        check_own_checkpoints(config, callbacks, directory)
+        if config.config.best_checkpoint and not any(
+            isinstance(callback, BestLossCheckpoint) for callback in callbacks
+        ):
             callbacks.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
         if config.config.last_checkpoint:
             last = LastCheckpoint(checkpoints)
@@ -270,6 +309,23 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
         return pl.Trainer(**arguments)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(shortened(f"trainer: {first_line(error)}")) from error
+
+
+def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], directory: Path) -> None:
+    """Refuse a ModelCheckpoint that would write over the run's ``best.ckpt`` or ``last.ckpt``, or remove it.
+
+    Raises:
+        UserError: If there is one.
+    """
+    kept = [name for name in ("best", "last") if config.config[f"{name}_checkpoint"]]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestLossCheckpoint):
+            folder = Path(callback.dirpath or directory / "checkpoints").resolve()
+            if callback.filename in kept and folder == (directory / "checkpoints").resolve():
+                raise UserError(
+                    f"a {type(callback).__name__} of filename {callback.filename}: the run keeps a checkpoint of its "
+                    "own under this name; name it otherwise"
+                )
 
 
 def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback]:
@@ -304,11 +360,12 @@ def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) ->
 
 
 class _RunFiles(pl.Callback):
-    """Writes the configuration when training starts."""
+    """Writes the configuration when training starts, and into every checkpoint."""
 
     def __init__(self, config: Config, directory: Path) -> None:
         self.config, self.directory = config, directory
         self.written = False
+        self._text = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.checkpoint_callbacks:
@@ -317,11 +374,26 @@ class _RunFiles(pl.Callback):
                 check_hyperparameters(self.config.datamodule)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.cut_back(trainer.global_step)
-        text = self.config.to_yaml()
+                logger.cut_back(last_row(trainer))
+        text = self._text = self.config.to_yaml()
         if trainer.is_global_zero:
             with replace_file(self.directory / "config.yaml") as file:
                 file.write(text.encode())
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
         self.written = True
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CONFIG] = self._text  # as text: YAML has dates, which a safe load refuses
+
+
+def last_row(trainer: pl.Trainer) -> int:
+    """Return the step of a resumed run's newest row: for a foreign module Lightning's number of it.
+
+    In manual optimization that counts batches, of which some make no step, or several.
+    """
+    if isinstance(trainer.lightning_module, LitSupervised):
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # Lightning 2.6: private

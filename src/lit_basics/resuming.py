@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
@@ -20,9 +21,12 @@ CHANGEABLE = (
 )
 """Keys, or beginnings of keys, that a resumed run may be given anew."""
 PATHS = ("data.init_args.path", "data.init_args.data_dir", "data.init_args.mirrors", "data.init_args.timeout")
-OPTIMIZER = "model.init_args.optimizer.init_args."
-RESTORED = ("model.init_args.optimizer.", "model.init_args.lr_", "model.init_args.automatic_optimization")
+OPTIMIZER_CLASS, SCHEDULER_CLASS = "model.init_args.optimizer.", "model.init_args.lr_scheduler."
+OPTIMIZER = f"{OPTIMIZER_CLASS}init_args."
+RESTORED = (OPTIMIZER_CLASS, "model.init_args.lr_", "model.init_args.automatic_optimization")
 """What the checkpoint's state belongs to, so that no other can take it."""
+CONFIG = "config_yaml"
+"""The key of a checkpoint under which the run's configuration lies."""
 OWN_RATES = (OneCycleLR, CyclicLR, SequentialLR, ChainedScheduler)
 """Schedulers that would undo another ``lr``."""
 
@@ -131,8 +135,40 @@ def check_changes(
                 "weights and the optimizer and begin the data anew"
             )
         rank_zero_only(print)(f"resuming with {short} {value} (was {old})")
+        if key in ("data.init_args.seed", "data.init_args.val_size"):
+            rank_zero_only(print)("the validation images are drawn anew: many of them have been trained on")
     if reset and any(key.startswith("model.") and not key.startswith((OPTIMIZER, *CHANGEABLE)) for key in changes):
         rank_zero_only(print)("the optimizer keeps the arguments that the checkpoint has, its learning rate too")
+    return arguments
+
+
+def trained_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint was trained by; empty if it does not say."""
+    return dict(yaml.safe_load(load_checked(checkpoint).get(CONFIG) or "{}"))
+
+
+def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the optimizer that differ from a checkpoint's, from which a new run is to begin.
+
+    Args:
+        checkpoint: The file.
+        typed: The new run's configuration.
+
+    Raises:
+        UserError: If the optimizer or the scheduler is another: Lightning gives it the checkpoint's state.
+    """
+    before, arguments = flat(trained_config(checkpoint)), {}
+    for key, value in flat(typed).items():
+        if not key.startswith((OPTIMIZER_CLASS, SCHEDULER_CLASS)) or before.get(key, value) == value:
+            continue
+        short = key.replace(".init_args", "")
+        if not key.startswith(OPTIMIZER) or "." in key.removeprefix(OPTIMIZER):
+            raise UserError(
+                f"--{short} {value}: {checkpoint} has {before[key]}, whose state the new run would be given; leave one "
+                "out"
+            )
+        arguments[key.removeprefix(OPTIMIZER)] = value
+        rank_zero_only(print)(f"{short} is {value} ({checkpoint} has {before[key]})")
     return arguments
 
 
@@ -177,6 +213,12 @@ class ResumedData(pl.Callback):
         self.reset = reset
         self._step: int | None = None
         self._state: dict[str, Any] = {}
+        self._patience: list[tuple[EarlyStopping, int]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep how patient each ``EarlyStopping`` is to be: its state would bring the old patience back."""
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+        self._patience = [(stop, stop.patience) for stop in stops]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -206,8 +248,10 @@ class ResumedData(pl.Callback):
                 f"the run to resume stands at step {self._step}, but would begin at {trainer.global_step}: a callback "
                 "has given back another state, as BatchSizeFinder does; leave it out, by --trainer.callbacks null"
             )
-        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        if not self.reset and any(stop.stopping_reason != EarlyStoppingReason.NOT_STOPPED for stop in stops):
+        for stop, patience in self._patience:
+            stop.patience = patience
+        stopped = any(stop.stopping_reason != EarlyStoppingReason.NOT_STOPPED for stop, _ in self._patience)
+        if not self.reset and stopped:
             trainer.should_stop = True
             rank_zero_only(print)(
                 f"EarlyStopping ended this run at step {self._step}; to train on, leave it out of --trainer.callbacks"

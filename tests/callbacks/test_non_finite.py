@@ -356,6 +356,15 @@ def test_by_command_it_stops_with_exit_code_1(capsys):
     assert not list(Path("run").rglob("*.ckpt"))
 
 
+def test_by_command_a_learning_rate_that_a_resume_refuses_is_not_proposed(capsys):
+    """Without ``check_arguments`` it is."""
+    rates = ["--model.lr_scheduler.base_lr", "0.01", "--model.lr_scheduler.max_lr", "1e38"]
+    rates += ["--model.lr_scheduler.step_size_up", "1", "--model.lr_interval", "epoch"]
+    words = [*WILD, "--run_dir", "run", "--trainer.enable_progress_bar", "false", "--model.lr_scheduler", "CyclicLR"]
+    assert main(["fit", *words, *rates]) == 1
+    assert capsys.readouterr().err.endswith("to go on from it: lit_basics fit --resume run\n")
+
+
 def test_by_command_the_last_good_state_is_named_and_can_be_resumed(capsys):
     fit(*WILD)
     before = (Path("run") / "checkpoints" / "last.ckpt").read_bytes()

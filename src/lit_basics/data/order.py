@@ -64,7 +64,9 @@ class EpochOrder:
         check_batch_size(batch_size)
         check_seed(seed)
         if batch_size % world_size:
-            raise UserError(f"batch_size is {batch_size}; it must divide by the {world_size} processes")
+            raise UserError(
+                f"batch_size is {batch_size}; it must divide by the {world_size} processes (devices: 1 trains in one)"
+            )
         if shuffle:
             full, rest = divmod(size, batch_size)
             rest = 0 if drop_last else rest // world_size * world_size
