@@ -37,9 +37,9 @@ def fit(model, data, *callbacks, **kwargs):
     return trainer
 
 
-def same_batches(monkeypatch):
+def same_batches(monkeypatch, **kwargs):
     """Return data, and the batches that it gives in every epoch from here on."""
-    data = images(crop=0, flip=False)
+    data = images(crop=0, flip=False, **kwargs)
     data.setup("fit")
     loader = data.train_dataloader()
     loader.sampler.set_epoch(0)
@@ -56,17 +56,23 @@ def whitening(x):
     return torch.cat([filters, -filters])
 
 
-def written_out(net, batches, epochs):
+def written_out(net, batches, epochs, hardest):
     """The recipe by hand: the sum of the losses, and the learning rates that belong to it."""
     steps, done = len(batches) * epochs, 0
-    momenta = {}
+    momenta, last = {}, {}
     for epoch in range(epochs):
-        for x, y in batches:  # the same in each epoch
+        for x, y, index in batches:  # the same in each epoch
+            if hardest[epoch] < 1:
+                known = [last[number] for number in index.tolist()]
+                chosen = sorted(sorted(range(BATCH), key=lambda n: -known[n])[: int(hardest[epoch] * BATCH)])
+                x, y, index = x[chosen], y[chosen], index[chosen]
             side = [24, 24, 24, 28][epoch]
             x = F.interpolate(x, size=(side, side), mode="bilinear")
             for p in net.parameters():
                 p.grad = None
-            F.cross_entropy(net(x), y, label_smoothing=0.2, reduction="sum").backward()
+            losses = F.cross_entropy(net(x), y, label_smoothing=0.2, reduction="none")
+            (losses.mean() * BATCH).backward()
+            last.update(zip(index.tolist(), losses.tolist(), strict=True))
             share, early = 1 - done / steps, max(0, 1 - done / (3 * len(batches)))
             with torch.no_grad():
                 for name, p in net.named_parameters():
@@ -92,20 +98,22 @@ def written_out(net, batches, epochs):
             done += 1
 
 
-def test_the_recipe_equals_the_one_written_out(monkeypatch):
-    data, batches = same_batches(monkeypatch)
+@pytest.mark.parametrize("hardest", [(1, 1, 1, 1), (1, 1, 0.5, 0.25)])
+def test_the_recipe_equals_the_one_written_out(hardest, monkeypatch):
+    data, batches = same_batches(monkeypatch, with_indices=True)
     optimizer = lambda groups: SpeedOptimizer(  # noqa: E731
         groups, head_lr=0.67 * BATCH, bias_lr=0.053 * BATCH, weight_decay=2e-6 * BATCH
     )
-    model = LitSpeedNet(widths=WIDTHS, resolutions=[24, 24, 24, 28], optimizer=optimizer).double()
+    settings = {"hardest": hardest, "resolutions": [24, 24, 24, 28]}
+    model = LitSpeedNet(widths=WIDTHS, **settings, optimizer=optimizer).double()
     net = SpeedNet(widths=WIDTHS)
     net.load_state_dict(model.net.state_dict())
     net.double()
     with torch.no_grad():
         net.whiten.weight.copy_(whitening(batches[0][0].double()))
     # in float64, where another order of the sums does not grow into another training
-    batches = [(x.double(), y) for x, y in batches]
-    written_out(net, batches, EPOCHS)
+    batches = [(x.double(), y, index) for x, y, index in batches]
+    written_out(net, batches, EPOCHS, hardest)
     fit(model, data, precision="64-true")
     for (name, value), expected in zip(model.net.state_dict().items(), net.state_dict().values(), strict=True):
         if "num_batches" not in name:
@@ -114,8 +122,8 @@ def test_the_recipe_equals_the_one_written_out(monkeypatch):
 
 def test_it_passes_verify():
     report = verify(
-        LitSpeedNet(widths=WIDTHS, resolutions=[16, 24, 32]),
-        datamodule=images(),
+        LitSpeedNet(widths=WIDTHS, resolutions=[16, 24, 32], hardest=[1, 0.5]),
+        datamodule=images(with_indices=True),
         checks=["loop", "resume", "manual"],
         steps=12,  # into the epoch that leaves the whitening as it is
         progress=False,
@@ -237,6 +245,10 @@ def test_no_gradient_of_the_whitening_when_its_rate_is_zero():
 def test_bad_arguments():
     with pytest.raises(UserError, match="at least 16 pixels"):
         LitSpeedNet(resolutions=[8])
+    with pytest.raises(UserError, match="a share above 0, at most 1"):
+        LitSpeedNet(hardest=[1, 0])
+    with pytest.raises(UserError, match="with_indices true"):
+        fit(LitSpeedNet(widths=WIDTHS, hardest=[0.5]), images())
     with pytest.raises(UserError, match="groups named filters, head"):
         SpeedOptimizer(nn.Linear(2, 2).parameters())
 

@@ -7,11 +7,11 @@ the first epochs. The data's part, alternating flips and shifts of two pixels, i
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import cross_entropy, interpolate, pad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,6 +20,8 @@ from lit_basics.modules import LitClassifier
 from lit_basics.nets import SpeedNet, patch_covariance
 from lit_basics.optim import LRSchedulerCallable, OptimizerCallable, SpeedOptimizer
 
+SLOTS = 65_536
+"""For how many images the last loss is kept; of more, some share a place."""
 WHITENING_EPOCHS = 3
 """Epochs in which the bias of the whitening convolution is trained, and then left as it is."""
 
@@ -91,29 +93,35 @@ class LitWhitened(LitClassifier):
 class LitSpeedNet(LitWhitened):
     """SpeedNet by :class:`~lit_basics.optim.SpeedOptimizer`, all learning rates falling linearly to 0.
 
-    In bfloat16 where the device has it, and tested with six views, as :class:`LitWhitened` says.
+    Later epochs may train on the hardest images of each batch only, those of the largest loss when they were trained on
+    last; ``train/loss`` is of these. Each rank chooses from its own share. In bfloat16 where the device has it, and
+    tested with six views, as :class:`LitWhitened` says.
 
     Args:
         num_classes: Number of classes.
         widths: Channels of the three blocks.
         resolutions: Sides in pixels to which the images of each epoch are scaled down; the last holds for all
             later epochs. Empty: the images as they are.
+        hardest: Shares of a batch that are trained on, by epoch; the last holds for all later epochs. Empty: all. For
+            others than 1 a batch is (images, labels, indices), as of ``CIFAR10DataModule(with_indices=True)``.
         label_smoothing: As for ``nn.CrossEntropyLoss``.
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
         lr_scheduler: Another scheduler, of ``lr_interval``.
         **kwargs: As :class:`LitClassifier`.
 
     Raises:
-        UserError: If a resolution is below 16.
+        UserError: If a resolution is below 16, or one of ``hardest`` not above 0, or above 1.
     """
 
     net: SpeedNet
+    losses: Tensor
 
     def __init__(
         self,
         num_classes: int = 10,
         widths: tuple[int, int, int] = (64, 256, 256),
         resolutions: Sequence[int] = (24, 24, 24, 28, 28, 28, 32),
+        hardest: Sequence[float] = (),
         label_smoothing: float = 0.2,
         *,
         optimizer: OptimizerCallable = SpeedOptimizer,
@@ -123,6 +131,8 @@ class LitSpeedNet(LitWhitened):
     ) -> None:
         if min(resolutions, default=16) < 16:
             raise UserError(f"resolutions are {list(resolutions)}; each must be at least 16 pixels")
+        if not all(0 < share <= 1 for share in hardest):
+            raise UserError(f"hardest is {list(hardest)}; each must be a share above 0, at most 1")
         super().__init__(
             net=SpeedNet(num_classes, widths),
             num_classes=num_classes,
@@ -132,7 +142,10 @@ class LitSpeedNet(LitWhitened):
             lr_interval=lr_interval,
             **kwargs,
         )
-        self.resolutions = list(resolutions)
+        self.label_smoothing = label_smoothing
+        self.resolutions, self.hardest = list(resolutions), list(hardest)
+        if hardest:
+            self.register_buffer("losses", torch.full((SLOTS,), 1e4))  # what was never trained on comes first
         self._froze = False
 
     def trained_parameters(self) -> list[dict[str, Any]]:
@@ -159,8 +172,14 @@ class LitSpeedNet(LitWhitened):
         return LambdaLR(optimizer, [linear(end) for end in ends])
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of the batch at the epoch's resolution; the first batch sets the whitening."""
-        x, y = batch
+        """Return the loss of the batch, or its hardest images, at the epoch's resolution.
+
+        The first batch sets the whitening.
+
+        Raises:
+            UserError: If the hardest are to be chosen, and the batch has no indices.
+        """
+        x, y = batch[:2]
         self.whiten_once(x, self.net)
         trained: Any = self.net.whiten.bias
         if self._froze and self.current_epoch < WHITENING_EPOCHS:  # another fit
@@ -170,12 +189,37 @@ class LitSpeedNet(LitWhitened):
             # its gradient, which nobody uses, is a tenth of the backward pass; DistributedDataParallel waits for it
             trained.requires_grad_(False)
             self._froze = True
+        index = None
+        if self.hardest:
+            if len(batch) < 3:
+                raise UserError("hardest needs batches of (images, labels, indices): --data.with_indices true")
+            index, share = batch[2] % SLOTS, self.of_epoch(self.hardest)
+            if share < 1:
+                chosen = self.losses[index].topk(max(1, int(share * len(x)))).indices.sort().values
+                x, y, index = x[chosen], y[chosen], index[chosen]
         if self.resolutions:
-            side = self.resolutions[min(self.current_epoch, len(self.resolutions) - 1)]
+            side = self.of_epoch(self.resolutions)
             if side < x.shape[-1]:
                 x = interpolate(x, size=(side, side), mode="bilinear")
-        loss: Tensor = self.criterion(self(x), y)
+        logits = self(x)
+        if index is not None:
+            self.keep_losses(index, logits.detach(), y)
+        loss: Tensor = self.criterion(logits, y)
         return loss
+
+    def of_epoch(self, values: list[Any]) -> Any:
+        """Return the value of this epoch, of a list of which the last holds for all later ones."""
+        return values[min(self.current_epoch, len(values) - 1)]
+
+    def keep_losses(self, index: Tensor, logits: Tensor, y: Tensor) -> None:
+        """Keep the loss of each image, of those of all ranks."""
+        losses = cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing).to(self.losses)
+        if has_process_group():
+            index, losses = (
+                cast(Tensor, self.all_gather(index)).flatten(),
+                cast(Tensor, self.all_gather(losses)).flatten(),
+            )
+        self.losses[index] = losses
 
 
 def has_process_group() -> bool:

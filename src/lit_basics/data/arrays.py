@@ -44,6 +44,7 @@ class ArrayLoader:
         flip: Whether to mirror each image at random; ``alternating``: at random in the first epoch, and then the
             other way in each next one.
         cutout: Side of a square of each image, at a random place, that is set to zero.
+        with_indices: Whether a batch has the places of its samples in ``inputs`` too.
     """
 
     batch_sampler = None
@@ -63,8 +64,10 @@ class ArrayLoader:
         crop: int = 0,
         flip: Flip = False,
         cutout: int = 0,
+        with_indices: bool = False,
     ) -> None:
         self.inputs, self.targets, self.sampler = inputs, targets, order
+        self._with_indices = with_indices
         self._indices = indices
         self._normalize, self._transform = normalize, transform
         self._crop, self._flip, self._cutout = crop, flip, cutout
@@ -76,8 +79,8 @@ class ArrayLoader:
         """Return the number of batches in an epoch."""
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (inputs, targets), gathered, augmented and normalised."""
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield (inputs, targets), gathered, augmented and normalised, or (inputs, targets, indices)."""
         for batch, index in self.sampler:
             if self._indices is not None:
                 index = self._indices[index]
@@ -87,7 +90,8 @@ class ArrayLoader:
                 x = self._transform(x)
                 if self._normalize is not None and x.dtype != torch.uint8:
                     raise UserError(f"transform returns {x.dtype}; it must keep uint8: normalisation comes after it")
-            yield self._augmented(x, batch, index), self.targets.index_select(0, index)
+            x, y = self._augmented(x, batch, index), self.targets.index_select(0, index)
+            yield (x, y, index) if self._with_indices else (x, y)
 
     def _augmented(self, x: Tensor, batch: int, index: Tensor) -> Tensor:
         crop, cutout = self._crop, self._cutout
@@ -140,6 +144,8 @@ class ArrayDataModule(pl.LightningDataModule):
         transform: A torchvision v2 transform, or any function, of uint8 training batches (N, C, H, W). One of
             torchvision's that draws at random is applied image by image, which is slower.
         drop_last: Whether to leave out the last, smaller training batch.
+        with_indices: Whether a training batch is (images, labels, places of the images in ``x_train``), for a module
+            that keeps something of each image.
 
     Raises:
         UserError: If an argument is out of its range.
@@ -158,6 +164,7 @@ class ArrayDataModule(pl.LightningDataModule):
         cutout: int = 0,
         transform: Transform | None = None,
         drop_last: bool = False,
+        with_indices: bool = False,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size)
@@ -170,7 +177,7 @@ class ArrayDataModule(pl.LightningDataModule):
         self.batch_size, self.val_size, self.seed, self.drop_last = batch_size, val_size, seed, drop_last
         self.mean, self.std = mean, std
         self.crop, self.flip, self.cutout = crop, flip, cutout
-        self.transform = transform
+        self.transform, self.with_indices = transform, with_indices
         if transform is not None and is_random(transform):
             warnings.warn(
                 f"transform {type(transform).__name__} draws at random: it is applied image by image, which is "
@@ -236,6 +243,7 @@ class ArrayDataModule(pl.LightningDataModule):
             crop=self.crop,
             flip=self.flip,
             cutout=self.cutout,
+            with_indices=self.with_indices,
         )
 
     def val_dataloader(self) -> ArrayLoader | list[Any]:
