@@ -247,10 +247,14 @@ def test_the_nearest_file_is_suggested(refused, tmp_path):
     refused(["fit", "--config", "confg.yaml"], "confg.yaml", "did you mean 'config.yaml'?")
 
 
-def test_the_last_file_with_the_key_is_named(refused, tmp_path):
+@pytest.mark.parametrize(
+    "words", [["--config", "a.yaml", "--config=b.yaml"], ["--config=a.yaml", "--config", "b.yaml"]]
+)
+def test_the_last_file_with_the_key_is_named(words, refused, tmp_path):
+    """Spelling by spelling, a.yaml comes last."""
     (tmp_path / "a.yaml").write_text(DATA)
     (tmp_path / "b.yaml").write_text("data: {init_args: {batch_size: big}}\n")
-    refused(["fit", "--config", "a.yaml", "--config=b.yaml"], "data.batch_size is big (in b.yaml)")
+    refused(["fit", *words], "data.batch_size is big (in b.yaml)")
 
 
 # data

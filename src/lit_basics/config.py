@@ -61,7 +61,7 @@ def dump_yaml(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
 
 
-jsonargparse.set_dumper("yaml", dump_yaml)
+jsonargparse.set_dumper("yaml", dump_yaml)  # of the process: jsonargparse dumps the arguments of classes by it too
 
 
 class Config(LightningCLI):

@@ -241,6 +241,11 @@ class Counters:
         self._batches.increment_completed()
         self._loop._batches_that_stepped += stepped
 
+    @property
+    def rows(self) -> int:
+        """The step of what a foreign module logs next: batches, in manual optimization, where few or many may step."""
+        return self._loop._batches_that_stepped
+
     def count_step(self) -> None:
         """Count an optimizer step: ``trainer.global_step``."""
         self._steps.increment_ready()

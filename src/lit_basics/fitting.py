@@ -32,6 +32,7 @@ from lit_basics.config import (
 )
 from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
+from lit_basics.execution import Counters
 from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.modules import LitSupervised
@@ -390,10 +391,5 @@ class _RunFiles(pl.Callback):
 
 
 def last_row(trainer: pl.Trainer) -> int:
-    """Return the step of a resumed run's newest row: for a foreign module Lightning's number of it.
-
-    In manual optimization that counts batches, of which some make no step, or several.
-    """
-    if isinstance(trainer.lightning_module, LitSupervised):
-        return trainer.global_step
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # Lightning 2.6: private
+    """Return the step of a resumed run's newest row."""
+    return trainer.global_step if isinstance(trainer.lightning_module, LitSupervised) else Counters(trainer).rows

@@ -235,9 +235,10 @@ class FilterMuon(Optimizer):
 class SpeedOptimizer(Optimizer):
     """Muon for the convolution filters, SGD with Nesterov momentum for the rest, as one optimizer.
 
-    A filter bank is first scaled to the norm √(its number of filters), then moved by ``filters_lr`` along the orthogonal
-    matrix nearest to its momentum (Muon, https://kellerjordan.github.io/posts/muon/, as in airbench94_muon), found in
-    bfloat16 where the device has it. The learning rates of SGD are for a loss that is a mean over the batch.
+    A filter bank is first scaled to the norm √(its number of filters), then moved by ``filters_lr`` along the
+    orthogonal matrix nearest to its momentum (Muon, https://kellerjordan.github.io/posts/muon/, as in
+    airbench94_muon), found in bfloat16 where the device has it. The learning rates of SGD are for a loss that is a
+    mean over the batch.
 
     Args:
         params: Groups with a ``name``: ``filters`` by Muon, ``head``, ``biases`` and ``whitening`` by SGD.

@@ -7,8 +7,13 @@ from lit_basics.errors import UserError
 
 def config_names(args: list[str]) -> list[str]:
     """Return what was given as ``--config``."""
-    names = [args[i + 1] for i, word in enumerate(args[:-1]) if word in ("--config", "-c")]
-    return [*names, *(word.removeprefix("--config=") for word in args if word.startswith("--config="))]
+    names = []
+    for word, following in zip(args, [*args[1:], None], strict=True):
+        if word in ("--config", "-c") and following is not None:
+            names.append(following)
+        elif word.startswith("--config="):
+            names.append(word.removeprefix("--config="))
+    return names
 
 
 def option(args: list[str], name: str) -> str | None:

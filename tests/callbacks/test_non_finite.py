@@ -816,8 +816,7 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
             expected += [f"{rank} {kind} {policy} 16 True 1 finished" for policy in ("rollback", "skip")]
             expected.append(f"{rank} {kind} stop 6 True 0 loss is nan at step 5 ({what})")
     assert lines == expected
-    for path in tmp_path.rglob("*.ckpt"):
-        assert_files_are_finite(path.parent)
+    assert assert_files_are_finite(tmp_path) > 0
 
 
 def test_with_float64_as_the_default():
