@@ -51,6 +51,7 @@ def test_with_the_flag_the_run_goes_on(mode, max_steps, words, steps, line, tmp_
     out = capsys.readouterr().out
     assert line in out
     assert "begin anew with epoch 1" in out
+    assert ("the validation images are drawn anew" in out) == ("--data.seed" in words)
     assert newest()["global_step"] == before["global_step"] + 2 * steps  # two whole epochs of the new length
     assert sorted(metrics(run)) == list(range(before["global_step"] + 2 * steps + 1))[1:]
     if "--seed_everything" in words:  # without the reset of the random state it is the checkpoint's
