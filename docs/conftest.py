@@ -22,3 +22,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.suffix == ".md":
             item.add_marker(pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\)"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"))
