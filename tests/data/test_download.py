@@ -174,8 +174,8 @@ def dead_url() -> str:
         return f"http://127.0.0.1:{unused.getsockname()[1]}/file"
 
 
-def fetch(path: Path, *urls: str, size: int | None = SIZE, timeout: float = 10.0) -> None:
-    download(urls, path, sha256=SHA256, size=size, timeout=timeout)
+def fetch(path: Path, *urls: str, timeout: float = 10.0) -> None:
+    download(urls, path, sha256=SHA256, size=SIZE, timeout=timeout)
 
 
 @pytest.fixture
@@ -193,11 +193,10 @@ def files(path: Path) -> list[str]:
     return sorted(file.name for file in path.parent.iterdir() if not file.name.endswith(".lock"))
 
 
-@pytest.mark.parametrize("size", [SIZE, None])
-def test_downloads_once(serve, path, size):
+def test_downloads_once(serve, path):
     server = serve(honest)
-    fetch(path, server.url, size=size)
-    fetch(path, server.url, size=size)
+    fetch(path, server.url)
+    fetch(path, server.url)
     assert path.read_bytes() == CONTENT
     assert files(path) == ["file"]
     assert server.ranges == [None]
@@ -265,12 +264,11 @@ def test_resumes_in_the_next_run(serve, path):
     assert good.ranges == [f"bytes={HALF}-"]
 
 
-@pytest.mark.parametrize("size", [SIZE, None])
 @pytest.mark.parametrize("behaviour", [truncating, in_pieces])
-def test_the_same_mirror_is_asked_again_while_it_brings_much(serve, path, monkeypatch, behaviour, size):
+def test_the_same_mirror_is_asked_again_while_it_brings_much(serve, path, monkeypatch, behaviour):
     monkeypatch.setattr(module, "MIN_GAIN", 1)
     server = serve(behaviour)
-    fetch(path, server.url, size=size)
+    fetch(path, server.url)
     assert path.read_bytes() == CONTENT
     assert server.sent == SIZE
     assert len(server.ranges) > 1
@@ -307,27 +305,25 @@ def test_a_server_that_cannot_resume_starts_anew(serve, path, part, behaviour, l
     assert server.ranges == [f"bytes={HALF}-", *later]
 
 
-@pytest.mark.parametrize("size", [SIZE, None])
 @pytest.mark.parametrize(
     ("beginning", "requests"),
     [(CONTENT, 1), (bytes(SIZE), 2), (CONTENT + b"more", 2)],
 )
-def test_nothing_is_left_to_send(serve, path, part, beginning, requests, size):
+def test_nothing_is_left_to_send(serve, path, part, beginning, requests):
     part.write_bytes(beginning)
     server = serve(honest)
-    fetch(path, server.url, size=size)
+    fetch(path, server.url)
     assert path.read_bytes() == CONTENT
-    complete_by_size = len(beginning) == size
+    complete_by_size = len(beginning) == SIZE
     assert len(server.ranges) == requests - complete_by_size
 
 
 @pytest.mark.parametrize("bad", [portal, portal_without_length, breaking_off_without_range])
-@pytest.mark.parametrize("size", [SIZE, None])
-def test_another_answer_does_not_cost_the_partial_file(serve, path, part, bad, size):
+def test_another_answer_does_not_cost_the_partial_file(serve, path, part, bad):
     """Written anew at a 200, half of the file would be gone."""
     part.write_bytes(CONTENT[:HALF])
     good = serve(honest)
-    fetch(path, serve(bad).url, good.url, size=size)
+    fetch(path, serve(bad).url, good.url)
     assert path.read_bytes() == CONTENT
     assert good.ranges == [f"bytes={HALF}-"]
 

@@ -27,9 +27,7 @@ REPORT_SECONDS = 30.0
 """Time between two lines on the progress."""
 
 
-def download(
-    urls: Sequence[str], path: str | Path, *, sha256: str, size: int | None = None, timeout: float = 30.0
-) -> None:
+def download(urls: Sequence[str], path: str | Path, *, sha256: str, size: int, timeout: float = 30.0) -> None:
     """Make ``path`` the file with this checksum; does nothing if it is that already.
 
     The file grows as ``<path>.part``, which outlives an interrupted run and is continued by the next, from
@@ -40,7 +38,7 @@ def download(
         urls: Addresses of the same file (http, https or file), tried in turn.
         path: The file; its folder is made if need be.
         sha256: Checksum of the file, in hexadecimal.
-        size: Size of the file in bytes, if known: other files are refused at once, and endless ones.
+        size: Size of the file in bytes: others are refused at once, and endless ones.
         timeout: Seconds without an answer or data (or with less than 1 KiB a second) after which a mirror is
             given up.
 
@@ -96,7 +94,7 @@ class _WrongBytesError(_MirrorError):
     """What lies in the partial file is not the beginning of the file."""
 
 
-def _complete(part: Path, url: str, sha256: str, size: int | None, timeout: float) -> None:
+def _complete(part: Path, url: str, sha256: str, size: int, timeout: float) -> None:
     """Make ``part`` the whole file, with bytes of one mirror; a wrong file is deleted.
 
     Raises:
@@ -121,7 +119,7 @@ def _complete(part: Path, url: str, sha256: str, size: int | None, timeout: floa
                 raise
 
 
-def _extend(part: Path, url: str, size: int | None, timeout: float) -> None:
+def _extend(part: Path, url: str, size: int, timeout: float) -> None:
     """Append to ``part`` what the mirror has beyond it; of one that sends all, what comes before is passed over.
 
     Raises:
@@ -143,26 +141,26 @@ def _extend(part: Path, url: str, size: int | None, timeout: float) -> None:
             if match is None or int(match[1]) != start:
                 raise _WrongBytesError("sent another range than it was asked for")
             total = int(match[2]) if match[2].isdigit() else size
-        if size is not None and total != size:
+        if total != size:
             raise _MirrorError(f"has {total} bytes, not {size}")
-        _say(f"downloading {url}" + (f", from {_megabytes(start, total)} on" if resumed else ""))
+        _say(f"downloading {url}" + (f", from {_megabytes(start, size)} on" if resumed else ""))
         report = time.monotonic() + REPORT_SECONDS
         known = 0 if resumed else start
         with part.open("ab") as file:
             for chunk in _chunks(response, timeout):
                 file.write(chunk[known:])
                 known = max(0, known - len(chunk))
-                if size is not None and file.tell() > size:
+                if file.tell() > size:
                     raise _WrongBytesError(f"has more than {size} bytes")
                 if time.monotonic() > report:
-                    _say(f"downloaded {_megabytes(file.tell(), total)}")
+                    _say(f"downloaded {_megabytes(file.tell(), size)}")
                     report = time.monotonic() + REPORT_SECONDS
             file.flush()
             os.fsync(file.fileno())
             if known:
                 raise _MirrorError("sent less than what is there already")
-            if total is not None and file.tell() < total:
-                raise _MirrorError(f"broke off after {file.tell()} of {total} bytes")
+            if file.tell() < size:
+                raise _MirrorError(f"broke off after {file.tell()} of {size} bytes")
 
 
 def _open(url: str, start: int, timeout: float) -> Any:
@@ -224,5 +222,5 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _megabytes(count: int, total: int | None) -> str:
-    return f"{count / 1e6:.1f} MB" if total is None else f"{count / 1e6:.1f} of {total / 1e6:.1f} MB"
+def _megabytes(count: int, total: int) -> str:
+    return f"{count / 1e6:.1f} of {total / 1e6:.1f} MB"
