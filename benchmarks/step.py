@@ -154,6 +154,8 @@ def null_model(steps: int, rounds: int, k: int) -> None:
         "K=1": ours,
     }
     variants[f"K={k}"] = partial(ours, f"--model.steps_per_execution={k}")
+    same = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01")  # as the others have it
+    variants[f"K={k}, torch's SGD"] = partial(ours, f"--model.steps_per_execution={k}", *same)
     times = in_turns(variants, rounds)
     for name, values in times.items():
         figure(f"null model, {name}", [1e6 * value for value in values], unit=" µs a step")
@@ -161,6 +163,8 @@ def null_model(steps: int, rounds: int, k: int) -> None:
     figure("2. null model, (ours - plain) ÷ (Lightning - plain), K=1", ratios(over, "K=1", "Lightning"), 1 / 3)
     name = f"K={k}"
     figure(f"2. null model, (ours - plain) ÷ (Lightning - plain), {name}", ratios(over, name, "Lightning"), 1 / 20)
+    name += ", torch's SGD"
+    figure(f"2. null model, (ours - plain) ÷ (Lightning - plain), {name}", ratios(over, name, "Lightning"))
 
 
 def gradient_norms(steps: int, rounds: int) -> None:
