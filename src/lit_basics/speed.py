@@ -6,7 +6,7 @@ the first epochs. The data's part, alternating flips and shifts of two pixels, i
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -215,13 +215,17 @@ class LitSpeedNet(LitWhitened):
         """Keep the loss of each image, of those of all ranks."""
         losses = cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing).to(self.losses)
         if has_process_group():
-            index, losses = (
-                cast(Tensor, self.all_gather(index)).flatten(),
-                cast(Tensor, self.all_gather(losses)).flatten(),
-            )
+            index, losses = of_all_ranks(index), of_all_ranks(losses)
         self.losses[index] = losses
 
 
 def has_process_group() -> bool:
     """Return whether this process is one of a distributed training."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def of_all_ranks(tensor: Tensor) -> Tensor:
+    """Return the tensors of all ranks, which are of one shape, one after the other."""
+    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, tensor)
+    return torch.cat(parts)
