@@ -6,6 +6,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -169,6 +170,24 @@ def checksum_path(path: Path) -> Path:
     return path.with_name(_name_beside(path) + ".sha256")
 
 
+def is_there(path: Path) -> bool:
+    """Return whether there is a checkpoint ``path``, or the one before it."""
+    return path.exists() or previous_path(path).exists()
+
+
+def free_name(path: Path) -> Path:
+    """Return the first of ``last-1.ckpt``, ``last-2.ckpt``, … that no checkpoint has."""
+    return next(p for n in itertools.count(1) if not is_there(p := path.with_stem(f"{path.stem}-{n}")))
+
+
+def move_aside(path: Path) -> None:
+    """Give a checkpoint and what lies beside it, if they are there, the next :func:`free_name`."""
+    aside = free_name(path)
+    for name in (Path, previous_path, checksum_path):
+        if name(path).exists():
+            name(path).rename(name(aside))
+
+
 def _name_beside(path: Path) -> str:
     """Return what the names of the files beside begin with: in ``hpc_ckpt_1.ckpt.sha256`` Lightning reads 1256."""
     return path.name.replace("hpc_ckpt_", "hpc-")
@@ -286,7 +305,7 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         UserError: If there is no such file or neither is good.
     """
-    if not path.exists() and not previous_path(path).exists():
+    if not is_there(path):
         raise UserError(f"there is no checkpoint {path}")
     reasons = []
     for file in (path, previous_path(path)):

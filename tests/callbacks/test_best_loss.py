@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import assert_equal, fit, metrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from torch import nn
 
-from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, SyntheticCIFAR10
+from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LitBlitzNet, LitClassifier, SyntheticCIFAR10
 from lit_basics.callbacks import last
 from lit_basics.cli import main
 
@@ -147,6 +147,37 @@ def test_a_trainer_with_a_last_checkpoint_alone_tests_and_one_with_more_takes_th
     with pytest.warns(UserWarning, match="multiple `ModelCheckpoint`"):
         fitted.test(datamodule=images, ckpt_path="best", verbose=False)
     assert fitted.ckpt_path == best.best_model_path
+
+
+def named(state):
+    """The files of a folder, with which ``last.ckpt`` is that of which module."""
+    return {path.name: torch.load(path, weights_only=True)["state_dict"] for path in sorted(state.glob("*.ckpt"))}
+
+
+@pytest.mark.parametrize("finder", [False, True])
+def test_a_fit_that_begins_anew_keeps_what_another_has_saved(finder, tmp_path):
+    """Without it ``ckpt_path="last"``, which finds no such file, costs the whole run at the first save. A search for a
+    learning rate leaves its own ``ckpt_path``."""
+    images, plugins = data(val_size=16), [DurableCheckpointIO()]
+    first, second, third = LitBlitzNet(), LitBlitzNet(), LitBlitzNet()
+    saver = last.LastCheckpoint(str(tmp_path))
+    trainer(saver, max_epochs=1, plugins=plugins).fit(first, images)
+    trainer(saver, max_epochs=1, plugins=plugins).fit(first, images)  # no other run: the same callback
+    trainer(last.LastCheckpoint(str(tmp_path)), fast_dev_run=True).fit(LitBlitzNet(), images)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous", "last.ckpt.sha256"]
+    more = [LearningRateFinder(num_training_steps=3, update_attr=False)] if finder else []
+    anew = trainer(*more, last.LastCheckpoint(str(tmp_path)), max_epochs=1, plugins=plugins)
+    with pytest.warns(UserWarning, match=r"begins anew.*to .*last-1.ckpt; fit\(ckpt_path='.*last.ckpt'\) would go on"):
+        anew.fit(second, images)
+    states = named(tmp_path)
+    assert_equal(states["last-1.ckpt"], first.state_dict())
+    assert_equal(states["last.ckpt"], second.state_dict())
+    assert {"last-1.ckpt.previous", "last-1.ckpt.sha256"} < {p.name for p in tmp_path.iterdir()}
+    fitted = trainer(last.LastCheckpoint(str(tmp_path)), plugins=plugins)
+    fitted.fit(third, images, ckpt_path=saver.path, weights_only=True)
+    assert_equal(named(tmp_path)["last-1.ckpt"], first.state_dict())
+    assert_equal(named(tmp_path)["last.ckpt"], third.state_dict())
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`|Checkpoint directory|Be aware that when using")

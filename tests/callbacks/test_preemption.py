@@ -147,6 +147,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
     assert set(seen) == {signal.SIG_IGN}
 
 
+@pytest.mark.filterwarnings("ignore:this fit begins anew")
 def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     """Without the refusal it trains from step 0 and writes over ``last.ckpt``, each time that it is requeued."""
     data = SyntheticCIFAR10(64, 16, batch_size=16)
