@@ -6,10 +6,15 @@ import shutil
 import stat
 import threading
 import time
+from collections import OrderedDict, UserDict, defaultdict, deque
+from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lit_basics import DurableCheckpointIO, UserError, checkpoint_io
 from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, copied, previous_path
@@ -95,7 +100,7 @@ class Bomb:
 
 def test_nothing_in_a_file_is_run(tmp_path):
     torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
-    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+    with pytest.raises(UserError, match=r"bomb.ckpt holds objects that a safe load refuses: posix.mkdir"):
         DurableCheckpointIO().load_checkpoint(tmp_path / "bomb.ckpt", weights_only=False)
     assert not (tmp_path / "bomb").exists()
 
@@ -353,8 +358,41 @@ def test_hyper_parameters_that_no_load_takes_are_named_at_the_first_save(tmp_pat
     with pytest.warns(UserWarning, match=r"hyper-parameter root, a PosixPath.*ignore=\['root'\]"):
         io.save_checkpoint(bad, path)
     io.save_checkpoint(bad, path)
-    with pytest.raises(UserError, match="Weights only load failed"):
+    with pytest.raises(UserError, match=r"a.ckpt holds objects that a safe load refuses: pathlib.*; torch.serial"):
         io.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "warning"),
+    [
+        ("hyper_parameters", UserDict(lr=0.1), "hyper_parameters, a UserDict, .*numbers, text and tensors"),
+        ("optimizer_states", [{"param_groups": [{"lr": np.sqrt(2)}]}], r"\['lr'\], a float64, .*write float\(lr\)$"),
+        ("lr_schedulers", [{"base": (np.int64(2),)}], r"lr_schedulers\[0\]\['base'\]\[0\], a int64, .*write int"),
+        ("callbacks", {"Own": {"seen": np.zeros(2)}}, r"callbacks\['Own'\]\['seen'\], a ndarray, .*numbers, text and"),
+        ("counts", defaultdict(list), "counts, a defaultdict, "),
+        ("losses", deque([0.5]), "losses, a deque, "),
+        ("began", {"at": datetime(2026, 1, 1)}, r"began\['at'\], a datetime, "),
+        ("files", {Path("a"): 1}, r"files\[PosixPath\('a'\)\], a PosixPath, "),
+        ("state_dict", {"_extra_state": np.zeros(2)}, r"state_dict\['_extra_state'\], a ndarray, "),
+    ],
+)
+def test_whatever_no_load_takes_is_named_at_the_first_save(key, value, warning, tmp_path):
+    """Saves succeed for days, and the first resume finds a file that is "damaged"."""
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    with pytest.warns(UserWarning, match=warning):
+        io.save_checkpoint({**checkpoint(1), key: value}, path)
+    io.save_checkpoint({**checkpoint(1), key: value}, path)
+    with pytest.raises(UserError, match="holds objects that a safe load refuses"):
+        io.load_checkpoint(path)
+
+
+def test_what_a_load_takes_is_not_warned_of(tmp_path):
+    entries = {"a": OrderedDict(b=[(torch.ones(2), None, 1.5, 2**70, True, "c", b"d", 1j)])}
+    entries |= {"e": torch.Size([2]), "f": torch.float32, "g": torch.device("cpu"), 3: nn.Parameter(torch.ones(1))}
+    entries["itself"] = [entries]
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    io.save_checkpoint({**checkpoint(1), **entries}, path)
+    assert io.load_checkpoint(path)["a"]["b"][0][1:6] == (None, 1.5, 2**70, True, "c")
 
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):
