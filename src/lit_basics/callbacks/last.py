@@ -44,7 +44,7 @@ class LastCheckpoint(Checkpoint):
         self._ended_step = -1  # that of a save within the epoch, at the end of training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Go behind all other callbacks: the best is for them to say."""
+        """Go behind all other callbacks: the best is for them to say. One that ``Preemption`` alone has joins them."""
         go_behind(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,8 +54,8 @@ class LastCheckpoint(Checkpoint):
         self._ended_step = -1
         # after a search for a learning rate ckpt_path is that of the search
         anew = not trainer.ckpt_path or trainer.fit_loop.total_batch_idx < 0
-        self._begins = anew and not self.best_model_path
-        if self._begins and is_there(self.path) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        self._begins = anew and not self.best_model_path and is_there(self.path)
+        if self._begins and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"this fit begins anew, and at its first save moves the {self.path.name} of another run to "
                 f"{free_name(self.path)}; fit(ckpt_path={str(self.path)!r}) would go on with that run"
@@ -116,11 +116,9 @@ class LastCheckpoint(Checkpoint):
         """Save now; on all ranks."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
             return
-        if self._begins:
-            if trainer.is_global_zero:
-                move_aside(self.path)
-            trainer.strategy.barrier()
-            self._begins = False
+        if self._begins and trainer.is_global_zero:  # strategies whose other ranks write too let them wait for rank 0
+            move_aside(self.path)
+        self._begins = False
         trainer.save_checkpoint(self.path)
         self.best_model_path = str(self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
