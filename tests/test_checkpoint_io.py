@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_basics import DurableCheckpointIO, UserError, checkpoint_io
+from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LastCheckpoint, UserError, checkpoint_io
 from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, copied, previous_path
 from lit_basics.nested import tensors_in
 
@@ -401,3 +401,22 @@ def test_what_a_killed_save_leaves_is_removed(tmp_path):
     (tmp_path / ".a.ckpt.sha256.x1y2").write_bytes(b"staged")
     io.save_checkpoint(checkpoint(2), path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        LastCheckpoint,
+        BestLossCheckpoint,
+        lambda path: BestLossCheckpoint("here", weights_path=path),
+        lambda path: DurableCheckpointIO().save_checkpoint(checkpoint(1), path),
+        lambda path: DurableCheckpointIO(min_seconds=60, asynchronous=True).save_checkpoint(checkpoint(1), path),
+        lambda path: DurableCheckpointIO().load_checkpoint(path),
+    ],
+)
+def test_a_remote_folder_is_refused(use, tmp_path):
+    """``Path`` makes a local folder ``s3:`` of it, which is lost with a machine that is lent."""
+    for path in ("s3://bucket/run", Path("gs://bucket/run")):
+        with pytest.raises(UserError, match=rf"^{path} is remote, and checkpoints are written to local files only"):
+            use(path)
+    assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_basics.errors import UserError, first_line, printable
-from lit_basics.files import file_sha256, make_public, replace_file, sync_folder
+from lit_basics.files import file_sha256, local_path, make_public, replace_file, sync_folder
 from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
@@ -81,10 +81,11 @@ class DurableCheckpointIO(CheckpointIO):
         Raises:
             OSError: If it cannot be written; the file before it stays.
             TypeError: If ``storage_options`` are given.
+            UserError: If ``path`` is remote.
         """
         if storage_options is not None:
             raise TypeError("DurableCheckpointIO takes no storage_options")
-        target, state = Path(path), dict(checkpoint)
+        target, state = local_path(path), dict(checkpoint)
         if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
             state[VERSION] = installed("lit_basics")
         if not self._looked:
@@ -134,10 +135,10 @@ class DurableCheckpointIO(CheckpointIO):
         """Return the checkpoint in ``path`` or, if that is damaged, the one before it.
 
         Raises:
-            UserError: If there is no such file or neither is good.
+            UserError: If there is no such file, neither is good, or ``path`` is remote.
         """
         self._finish_write()
-        return load_checked(Path(path), map_location)
+        return load_checked(local_path(path), map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint with the one before it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_basics.callbacks.last import MIN_SECONDS, ends_after_batch
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
-from lit_basics.files import replace_file
+from lit_basics.files import local_path, replace_file
 
 
 class BestLossCheckpoint(ModelCheckpoint):
@@ -32,9 +32,14 @@ class BestLossCheckpoint(ModelCheckpoint):
         weights_path: The file of the plain weights; ``best.pth`` in ``dirpath`` by default.
         monitor: Key of the loss: by default ``val/loss`` where there are validation batches, else
             ``train/loss``. Where neither is logged, one warning says what is, and nothing is kept.
+
+    Raises:
+        UserError: If ``dirpath`` or ``weights_path`` is remote.
     """
 
     def __init__(self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None) -> None:
+        for path in filter(None, (dirpath, weights_path)):
+            local_path(path)
         super().__init__(
             dirpath=dirpath,
             filename="best",
@@ -63,7 +68,7 @@ class BestLossCheckpoint(ModelCheckpoint):
     def weights_path(self) -> Path:
         """The file of the plain weights."""
         assert self.dirpath is not None
-        return Path(self._weights_path or Path(self.dirpath) / "best.pth")
+        return Path(self._weights_path or local_path(self.dirpath) / "best.pth")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""

@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lit_basics.checkpoint_io import free_name, is_there, move_aside
+from lit_basics.files import local_path
 from lit_basics.recording import compute_logged
 
 MIN_SECONDS = 10.0
@@ -31,10 +31,13 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         dirpath: Folder of ``last.ckpt``.
+
+    Raises:
+        UserError: If ``dirpath`` is remote.
     """
 
     def __init__(self, dirpath: str) -> None:
-        self.path = Path(dirpath) / "last.ckpt"
+        self.path = local_path(dirpath) / "last.ckpt"
         self.best_model_path = ""
         """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
