@@ -221,9 +221,24 @@ def test_where_nothing_is_logged_it_stays_off(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_only_the_training_loss_is_logged_it_is_monitored(tmp_path):
-    best = BestLossCheckpoint(str(tmp_path))
-    trainer(best).fit(Otherwise(train_key="train/loss"), datamodule=data(val_size=16))
+class OfSeveral(Otherwise):
+    """Has two validation loaders, of which Lightning adds the number to the key."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val/loss", self.loss(batch), batch_size=16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}])
+@pytest.mark.parametrize("kind", [Otherwise, OfSeveral])
+def test_where_the_validation_logs_its_loss_otherwise_it_says_that_the_training_loss_decides(kind, settings, tmp_path):
+    """Without the warning the best of the training is taken for that of the validation."""
+    best, images = BestLossCheckpoint(str(tmp_path)), data(val_size=16)
+    images.setup("fit")
+    loaders = [images.val_dataloader()] * (1 + (kind is OfSeveral))
+    keys = "val_loss" if kind is Otherwise else "val/loss/dataloader_idx_0, val/loss/dataloader_idx_1"
+    with pytest.warns(UserWarning, match=f"goes by train/loss: the validation logs {keys}, and no val/loss") as caught:
+        trainer(best, max_epochs=4, **settings).fit(kind(train_key="train/loss"), images.train_dataloader(), loaders)
+    assert len([warning for warning in caught if "BestLossCheckpoint" in str(warning.message)]) == 1
     assert best.monitor == "train/loss"
     assert (tmp_path / "best.ckpt").is_file()
 

@@ -1,7 +1,7 @@
 """The checkpoint of the lowest loss."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
         weights_path: The file of the plain weights; ``best.pth`` in ``dirpath`` by default.
         monitor: Key of the loss: by default ``val/loss`` where there are validation batches, else
-            ``train/loss``. Where neither is logged, one warning says what is, and nothing is kept.
+            ``train/loss``. Where the validation logs no ``val/loss``, one warning says what it logs, and ``train/loss``
+            decides; where neither is logged, nothing is kept.
 
     Raises:
         UserError: If ``dirpath`` or ``weights_path`` is remote.
@@ -107,10 +108,15 @@ class BestLossCheckpoint(ModelCheckpoint):
                 self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
             self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
             if self._off:
-                there = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
                 rank_zero_warn(
                     "BestLossCheckpoint keeps nothing in this run: its module logs neither val/loss nor the epoch's "
-                    f"train/loss; it logs {there}; monitor= takes another key"
+                    f"train/loss; it logs {_listed(trainer.callback_metrics)}; monitor= takes another key"
+                )
+            elif self.monitor == "train/loss" and self._missed:
+                there = _listed(key for key, of_epoch in _logged(trainer)[1].items() if of_epoch)
+                rank_zero_warn(
+                    f"BestLossCheckpoint goes by train/loss: the validation logs {there}, and no val/loss; "
+                    "monitor= takes another key"
                 )
         if self._off:
             return
@@ -194,3 +200,22 @@ class BestLossCheckpoint(ModelCheckpoint):
             self.best_k_models = {str(here): score for score in self.best_k_models.values()}
             self.best_model_path = self.kth_best_model_path = str(here)
         self.record_of = state_dict["monitor"] if self.best_model_score is not None else None
+
+
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)) or "nothing"
+
+
+def _logged(trainer: pl.Trainer) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Return the keys that the training and the validation log, each with whether it is reduced over an epoch."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    training: dict[str, bool] = {}
+    validation: dict[str, bool] = {}
+    # Lightning's private names
+    for found, results in ((training, loop._results), (validation, loop.val_loop._results)):
+        for result in results.values():
+            name, of_step = results._forked_name(result, on_step=True)
+            _, of_epoch = results._forked_name(result, on_step=False)
+            for key, reduced in ((of_step, False), (of_epoch, result.meta.on_epoch), (name, result.meta.on_epoch)):
+                found[key] = found.get(key, False) or reduced
+    return training, validation
