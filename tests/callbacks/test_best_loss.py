@@ -430,20 +430,51 @@ def test_the_plain_weights_are_the_averages_whose_loss_was_the_lowest(tmp_path):
     assert_equal(plain, {name.removeprefix("net."): v for name, v in saved.items() if name.startswith("net.")})
 
 
-@pytest.mark.parametrize("settings", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
-def test_the_training_loss_that_was_asked_for_is_taken_at_the_end_of_its_epoch(settings, tmp_path):
-    """At the validation's end, which is when Lightning would look, it is missing or of the epoch before."""
+class OfBoth(Otherwise):
+    """Logs the loss of each step and its mean, under one key."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=16)
+        return loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
+@pytest.mark.parametrize(
+    ("kind", "monitor"), [(LitBlitzNet, "train/loss"), (Otherwise, "train_loss"), (OfBoth, "train_loss")]
+)
+def test_the_training_loss_that_was_asked_for_is_taken_at_the_end_of_its_epoch(kind, monitor, settings, tmp_path):
+    """At the validation's end, which is when Lightning would look, it is missing, of a step or of the epoch before."""
     means = {}
 
     class Means(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            means[trainer.global_step] = trainer.callback_metrics["train/loss"].item()
+            means[trainer.global_step] = trainer.callback_metrics[monitor].item()
 
-    best = BestLossCheckpoint(str(tmp_path), monitor="train/loss")
-    trainer(Means(), best, max_epochs=4, **settings).fit(LitBlitzNet(), datamodule=data(val_size=16))
+    best = BestLossCheckpoint(str(tmp_path), monitor=monitor)
+    trainer(Means(), best, max_epochs=4, **settings).fit(kind(), datamodule=data(val_size=16))
     assert best.best_model_score.item() == min(means.values())
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"]
     assert means[saved] == min(means.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}, {"max_steps": 2}])
+@pytest.mark.parametrize("key", ["train/loss", "train_loss"])
+def test_the_loss_of_one_batch_that_was_asked_for_is_refused(key, settings, tmp_path):
+    """Without it the best is that of the luckiest last batch."""
+
+    class OfStep(Otherwise):
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            self.log(key, loss, batch_size=16)
+            return loss
+
+    best = BestLossCheckpoint(str(tmp_path), monitor=key)
+    fitted = trainer(best, max_epochs=4, **settings)
+    with pytest.warns(UserWarning, match=f"{key} is logged of each step alone; log it with on_epoch=True") as caught:
+        fitted.fit(OfStep(), datamodule=data(val_size=16))
+    assert len([warning for warning in caught if "BestLossCheckpoint" in str(warning.message)]) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("seconds", "monitor"), [("00:00:00:01", "val/loss"), ("00:01:00:00", "train/loss")])

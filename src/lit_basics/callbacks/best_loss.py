@@ -32,7 +32,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         weights_path: The file of the plain weights; ``best.pth`` in ``dirpath`` by default.
         monitor: Key of the loss: by default ``val/loss`` where there are validation batches, else
             ``train/loss``. Where the validation logs no ``val/loss``, one warning says what it logs, and ``train/loss``
-            decides; where neither is logged, nothing is kept.
+            decides; where neither is logged, or the key of each step alone, nothing is kept.
 
     Raises:
         UserError: If ``dirpath`` or ``weights_path`` is remote.
@@ -118,15 +118,29 @@ class BestLossCheckpoint(ModelCheckpoint):
                     f"BestLossCheckpoint goes by train/loss: the validation logs {there}, and no val/loss; "
                     "monitor= takes another key"
                 )
+        of_epoch = _logged(trainer)[0].get(self._chosen_monitor or "") if self._is_of_training(trainer) else None
+        if of_epoch is not None and not self._is_logged(trainer):  # what is there is of a step, or of another epoch
+            if not of_epoch and not self._off:
+                rank_zero_warn(
+                    f"BestLossCheckpoint keeps nothing in this run: {self.monitor} is logged of each step alone; log "
+                    "it with on_epoch=True"
+                )
+            self._off = self._off or not of_epoch
+            return
         if self._off:
             return
         with self._own_saves(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
+    def _is_of_training(self, trainer: pl.Trainer) -> bool:
+        """Return whether the training alone logs the monitor, whose value is complete at the epoch's end."""
+        training, validation = _logged(trainer)
+        return self.monitor == "train/loss" or (self.monitor in training and self.monitor not in validation)
+
     def _is_logged(self, trainer: pl.Trainer) -> bool:
-        """Return whether the monitor is there; of ``train/loss`` its mean, not what the last batch has logged."""
+        """Return whether the monitor is there; of the training its mean, not what the last batch has logged."""
         metrics = trainer.callback_metrics
-        if self.monitor != "train/loss" or self.monitor not in metrics:
+        if self.monitor not in metrics or not self._is_of_training(trainer):
             return self.monitor in metrics
         newest = metrics.pop(self.monitor)
         of_epoch = self.monitor in trainer.callback_metrics  # at an epoch's end Lightning fills in its values alone
@@ -134,9 +148,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         return of_epoch
 
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
-        # Lightning's private name: it would leave train/loss out where validations are to come every n epochs
-        decides = self.monitor == "train/loss"
-        return decides or super()._should_save_on_train_epoch_end(trainer)
+        # Lightning's private name: it would take train/loss at validations, where it is of a step or of another epoch
+        return self._is_of_training(trainer) or super()._should_save_on_train_epoch_end(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -207,7 +220,7 @@ def _listed(keys: Iterable[str]) -> str:
 
 
 def _logged(trainer: pl.Trainer) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Return the keys that the training and the validation log, each with whether it is reduced over an epoch."""
+    """Return the keys that the training and the validation log, each with whether it has an epoch's value."""
     loop: Any = trainer.fit_loop.epoch_loop
     training: dict[str, bool] = {}
     validation: dict[str, bool] = {}
