@@ -1,7 +1,9 @@
 """Durable checkpoints: damage is seen, the one before is used, nothing in a file is run."""
 
 import contextlib
+import multiprocessing
 import os
+import pickle
 import shutil
 import stat
 import threading
@@ -266,6 +268,54 @@ def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
         io.save_checkpoint(checkpoint(4), path)
     io.teardown()
     assert io.load_checkpoint(path)["step"] == 4
+
+
+def test_a_forked_process_writes_by_a_thread_of_its_own(tmp_path, monkeypatch):
+    """With its parent's, which it does not have, it waits for ever."""
+    go_on, real, parent = threading.Event(), checkpoint_io.write_state, os.getpid()
+    monkeypatch.setattr(
+        checkpoint_io, "write_state", lambda *args: (os.getpid() != parent or go_on.wait(60)) and real(*args)
+    )
+    io = DurableCheckpointIO(asynchronous=True)
+    io.save_checkpoint(checkpoint(1), tmp_path / "a.ckpt")
+
+    def forked():
+        for value in (2, 3):
+            io.save_checkpoint(checkpoint(value), tmp_path / "b.ckpt")
+        io.teardown()
+
+    child = multiprocessing.get_context("fork").Process(target=forked)
+    child.start()
+    child.join(30)
+    child.kill()
+    go_on.set()
+    io.teardown()
+    child.join()
+    assert child.exitcode == 0
+    assert io.load_checkpoint(tmp_path / "b.ckpt")["step"] == 3
+    assert io.load_checkpoint(tmp_path / "a.ckpt")["step"] == 1
+
+
+def test_what_the_parent_holds_is_not_written_by_a_forked_process(tmp_path):
+    """Else it writes the parent's state over a newer one of the parent's."""
+    io, path = saved(tmp_path, 1, 2, min_seconds=60)
+    child = multiprocessing.get_context("fork").Process(target=io.teardown)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert io.load_checkpoint(path)["step"] == 1
+    io.teardown()
+    assert io.load_checkpoint(path)["step"] == 2
+
+
+def test_it_can_be_pickled_with_a_thread_that_has_written(tmp_path):
+    """``ddp_spawn`` pickles the Trainer with its plugins; a pool cannot be."""
+    io, path = saved(tmp_path, 1, asynchronous=True)
+    io.flush()
+    other = pickle.loads(pickle.dumps(io))
+    other.save_checkpoint(checkpoint(2), path)
+    other.teardown()
+    assert io.load_checkpoint(path)["step"] == 2
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -63,8 +63,10 @@ class DurableCheckpointIO(CheckpointIO):
 
     def __init__(self, min_seconds: float = 0.0, asynchronous: bool = False) -> None:
         self.min_seconds = min_seconds
-        self._pool = ThreadPoolExecutor(1) if asynchronous else None
+        self.asynchronous = asynchronous
+        self._pool: ThreadPoolExecutor | None = None
         self._in_flight: Future[None] | None = None
+        self._process = os.getpid()
         self._looked = False  # for what no load would take
         self._held: dict[Path, dict[str, Any]] = {}
         self._memory: dict[str, Tensor] = {}  # of the last copy that the thread was given
@@ -85,6 +87,7 @@ class DurableCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("DurableCheckpointIO takes no storage_options")
+        self._leave_to_parent()
         target, state = local_path(path), dict(checkpoint)
         if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
             state[VERSION] = installed("lit_basics")
@@ -100,7 +103,7 @@ class DurableCheckpointIO(CheckpointIO):
             self._held[target] = copied(state)
         else:
             self._held.pop(target, None)
-            if self._pool is not None:  # the live weights may change from here on
+            if self.asynchronous:  # the live weights may change from here on
                 if self._in_flight is not None and not self._in_flight.done():
                     self._memory = {}  # the thread still reads it
                 state = copied(state, self._memory)
@@ -108,15 +111,26 @@ class DurableCheckpointIO(CheckpointIO):
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         self._written[path] = time.monotonic()
-        if self._pool is None:
+        if not self.asynchronous:
             write_state(path, state)
             return
         try:
             self._finish_write()
         finally:  # the newest state is written though the one before it was not
+            self._pool = self._pool or ThreadPoolExecutor(1)
             self._in_flight = self._pool.submit(write_state, path, state)
 
+    def _leave_to_parent(self) -> None:
+        """Forget, in a process that was forked, what its parent has begun: threads stay there."""
+        if self._process != os.getpid():
+            self.__dict__.update(self.__getstate__(), _process=os.getpid())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process may have."""
+        return {**self.__dict__, "_pool": None, "_in_flight": None, "_held": {}, "_memory": {}}
+
     def _finish_write(self) -> None:
+        self._leave_to_parent()
         if self._in_flight is not None:
             wait([self._in_flight])  # after an interrupt here it is in flight as before
             future, self._in_flight = self._in_flight, None
@@ -124,6 +138,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     def flush(self) -> None:
         """Write what is held, each though another cannot be, and wait until all is on the disk."""
+        self._leave_to_parent()
         with contextlib.ExitStack() as all_of_it:
             all_of_it.callback(self._finish_write)
             while self._held:
