@@ -511,7 +511,7 @@ class Hostile:
         ("text", ["damaged"]),
         ("empty", ["damaged"]),
         ("truncated", ["damaged"]),
-        ("hostile", ["damaged"]),
+        ("hostile", ["safe load refuses"]),
         ("plain weights", ["no state_dict"]),
         ("folder", []),
         ("another model", ["another model", "LitBlitzNet"]),

@@ -1,17 +1,24 @@
 """Durable checkpoints: damage is seen, the one before is used, nothing in a file is run."""
 
 import contextlib
+import multiprocessing
 import os
+import pickle
 import shutil
 import stat
 import threading
 import time
+from collections import OrderedDict, UserDict, defaultdict, deque
+from datetime import datetime
 from importlib.metadata import version
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lit_basics import DurableCheckpointIO, UserError, checkpoint_io
+from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LastCheckpoint, UserError, checkpoint_io
 from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, copied, previous_path
 from lit_basics.nested import tensors_in
 
@@ -95,7 +102,7 @@ class Bomb:
 
 def test_nothing_in_a_file_is_run(tmp_path):
     torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "bomb.ckpt")
-    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+    with pytest.raises(UserError, match=r"bomb.ckpt holds objects that a safe load refuses: posix.mkdir"):
         DurableCheckpointIO().load_checkpoint(tmp_path / "bomb.ckpt", weights_only=False)
     assert not (tmp_path / "bomb").exists()
 
@@ -263,6 +270,54 @@ def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
     assert io.load_checkpoint(path)["step"] == 4
 
 
+def test_a_forked_process_writes_by_a_thread_of_its_own(tmp_path, monkeypatch):
+    """With its parent's, which it does not have, it waits for ever."""
+    go_on, real, parent = threading.Event(), checkpoint_io.write_state, os.getpid()
+    monkeypatch.setattr(
+        checkpoint_io, "write_state", lambda *args: (os.getpid() != parent or go_on.wait(60)) and real(*args)
+    )
+    io = DurableCheckpointIO(asynchronous=True)
+    io.save_checkpoint(checkpoint(1), tmp_path / "a.ckpt")
+
+    def forked():
+        for value in (2, 3):
+            io.save_checkpoint(checkpoint(value), tmp_path / "b.ckpt")
+        io.teardown()
+
+    child = multiprocessing.get_context("fork").Process(target=forked)
+    child.start()
+    child.join(30)
+    child.kill()
+    go_on.set()
+    io.teardown()
+    child.join()
+    assert child.exitcode == 0
+    assert io.load_checkpoint(tmp_path / "b.ckpt")["step"] == 3
+    assert io.load_checkpoint(tmp_path / "a.ckpt")["step"] == 1
+
+
+def test_what_the_parent_holds_is_not_written_by_a_forked_process(tmp_path):
+    """Else it writes the parent's state over a newer one of the parent's."""
+    io, path = saved(tmp_path, 1, 2, min_seconds=60)
+    child = multiprocessing.get_context("fork").Process(target=io.teardown)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert io.load_checkpoint(path)["step"] == 1
+    io.teardown()
+    assert io.load_checkpoint(path)["step"] == 2
+
+
+def test_it_can_be_pickled_with_a_thread_that_has_written(tmp_path):
+    """``ddp_spawn`` pickles the Trainer with its plugins; a pool cannot be."""
+    io, path = saved(tmp_path, 1, asynchronous=True)
+    io.flush()
+    other = pickle.loads(pickle.dumps(io))
+    other.save_checkpoint(checkpoint(2), path)
+    other.teardown()
+    assert io.load_checkpoint(path)["step"] == 2
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_is_held_is_written_though_another_cannot_be(asynchronous, tmp_path):
     """One after the other, the newest first, none is written after the one that fails."""
@@ -353,8 +408,41 @@ def test_hyper_parameters_that_no_load_takes_are_named_at_the_first_save(tmp_pat
     with pytest.warns(UserWarning, match=r"hyper-parameter root, a PosixPath.*ignore=\['root'\]"):
         io.save_checkpoint(bad, path)
     io.save_checkpoint(bad, path)
-    with pytest.raises(UserError, match="Weights only load failed"):
+    with pytest.raises(UserError, match=r"a.ckpt holds objects that a safe load refuses: pathlib.*; torch.serial"):
         io.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "warning"),
+    [
+        ("hyper_parameters", UserDict(lr=0.1), "hyper_parameters, a UserDict, .*numbers, text and tensors"),
+        ("optimizer_states", [{"param_groups": [{"lr": np.sqrt(2)}]}], r"\['lr'\], a float64, .*write float\(lr\)$"),
+        ("lr_schedulers", [{"base": (np.int64(2),)}], r"lr_schedulers\[0\]\['base'\]\[0\], a int64, .*write int"),
+        ("callbacks", {"Own": {"seen": np.zeros(2)}}, r"callbacks\['Own'\]\['seen'\], a ndarray, .*numbers, text and"),
+        ("counts", defaultdict(list), "counts, a defaultdict, "),
+        ("losses", deque([0.5]), "losses, a deque, "),
+        ("began", {"at": datetime(2026, 1, 1)}, r"began\['at'\], a datetime, "),
+        ("files", {Path("a"): 1}, r"files\[PosixPath\('a'\)\], a PosixPath, "),
+        ("state_dict", {"_extra_state": np.zeros(2)}, r"state_dict\['_extra_state'\], a ndarray, "),
+    ],
+)
+def test_whatever_no_load_takes_is_named_at_the_first_save(key, value, warning, tmp_path):
+    """Saves succeed for days, and the first resume finds a file that is "damaged"."""
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    with pytest.warns(UserWarning, match=warning):
+        io.save_checkpoint({**checkpoint(1), key: value}, path)
+    io.save_checkpoint({**checkpoint(1), key: value}, path)
+    with pytest.raises(UserError, match="holds objects that a safe load refuses"):
+        io.load_checkpoint(path)
+
+
+def test_what_a_load_takes_is_not_warned_of(tmp_path):
+    entries = {"a": OrderedDict(b=[(torch.ones(2), None, 1.5, 2**70, True, "c", b"d", 1j)])}
+    entries |= {"e": torch.Size([2]), "f": torch.float32, "g": torch.device("cpu"), 3: nn.Parameter(torch.ones(1))}
+    entries["itself"] = [entries]
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    io.save_checkpoint({**checkpoint(1), **entries}, path)
+    assert io.load_checkpoint(path)["a"]["b"][0][1:6] == (None, 1.5, 2**70, True, "c")
 
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):
@@ -363,3 +451,22 @@ def test_what_a_killed_save_leaves_is_removed(tmp_path):
     (tmp_path / ".a.ckpt.sha256.x1y2").write_bytes(b"staged")
     io.save_checkpoint(checkpoint(2), path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        LastCheckpoint,
+        BestLossCheckpoint,
+        lambda path: BestLossCheckpoint("here", weights_path=path),
+        lambda path: DurableCheckpointIO().save_checkpoint(checkpoint(1), path),
+        lambda path: DurableCheckpointIO(min_seconds=60, asynchronous=True).save_checkpoint(checkpoint(1), path),
+        lambda path: DurableCheckpointIO().load_checkpoint(path),
+    ],
+)
+def test_a_remote_folder_is_refused(use, tmp_path):
+    """``Path`` makes a local folder ``s3:`` of it, which is lost with a machine that is lent."""
+    for path in ("s3://bucket/run", Path("gs://bucket/run")):
+        with pytest.raises(UserError, match=rf"^{path} is remote, and checkpoints are written to local files only"):
+            use(path)
+    assert list(tmp_path.iterdir()) == []

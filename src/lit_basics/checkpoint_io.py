@@ -6,14 +6,17 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
 import time
 import traceback
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -28,13 +32,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_basics.errors import UserError, first_line, printable
-from lit_basics.files import file_sha256, make_public, replace_file, sync_folder
+from lit_basics.files import file_sha256, local_path, make_public, replace_file, sync_folder
 from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
 """Key of a checkpoint: the version that wrote it."""
 LARGE = 1 << 16
 """Bytes of a tensor from which new memory takes longer than to look for memory that is there."""
+MOST = 10
+"""The most entries that a warning each names."""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -43,7 +49,7 @@ class DurableCheckpointIO(CheckpointIO):
     A checkpoint is staged beside its target, synchronised to the disk, read back, and renamed. The one before
     it stays as ``<name>.previous``, and ``<name>.sha256`` holds the checksums of both. A load checks them: a
     damaged file is named and the previous one used. Nothing in a file is ever run (``weights_only``, whatever is asked
-    for); at the first save a warning names hyper-parameters with which no load would take the file.
+    for); at the first save a warning names hyper-parameters and other entries with which no load would take the file.
 
     Usable alone: ``Trainer(plugins=[DurableCheckpointIO()])``.
 
@@ -57,9 +63,11 @@ class DurableCheckpointIO(CheckpointIO):
 
     def __init__(self, min_seconds: float = 0.0, asynchronous: bool = False) -> None:
         self.min_seconds = min_seconds
-        self._pool = ThreadPoolExecutor(1) if asynchronous else None
+        self.asynchronous = asynchronous
+        self._pool: ThreadPoolExecutor | None = None
         self._in_flight: Future[None] | None = None
-        self._looked = False  # at the hyper-parameters
+        self._process = os.getpid()
+        self._looked = False  # for what no load would take
         self._held: dict[Path, dict[str, Any]] = {}
         self._memory: dict[str, Tensor] = {}  # of the last copy that the thread was given
         self._written: dict[Path, float] = {}
@@ -75,26 +83,27 @@ class DurableCheckpointIO(CheckpointIO):
         Raises:
             OSError: If it cannot be written; the file before it stays.
             TypeError: If ``storage_options`` are given.
+            UserError: If ``path`` is remote.
         """
         if storage_options is not None:
             raise TypeError("DurableCheckpointIO takes no storage_options")
-        target, state = Path(path), dict(checkpoint)
+        self._leave_to_parent()
+        target, state = local_path(path), dict(checkpoint)
         if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
             state[VERSION] = installed("lit_basics")
         if not self._looked:
             self._looked = True
-            for key in ("hyper_parameters", "datamodule_hyper_parameters"):
-                for name, value in unloadable(state.get(key, {})):
-                    rank_zero_warn(
-                        f"the hyper-parameter {name}, a {type(value).__name__}, makes every checkpoint one that cannot "
-                        "be loaded, since a load runs no code: "
-                        f"save_hyperparameters(ignore=[{name!r}]), or save its str()"
-                    )
+            for keys, value in itertools.islice(refused_in(state, set()), MOST):
+                what, advice = _described(keys, value)
+                rank_zero_warn(
+                    f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
+                    f"runs no code: {advice}"
+                )
         if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
             self._held[target] = copied(state)
         else:
             self._held.pop(target, None)
-            if self._pool is not None:  # the live weights may change from here on
+            if self.asynchronous:  # the live weights may change from here on
                 if self._in_flight is not None and not self._in_flight.done():
                     self._memory = {}  # the thread still reads it
                 state = copied(state, self._memory)
@@ -102,15 +111,26 @@ class DurableCheckpointIO(CheckpointIO):
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         self._written[path] = time.monotonic()
-        if self._pool is None:
+        if not self.asynchronous:
             write_state(path, state)
             return
         try:
             self._finish_write()
         finally:  # the newest state is written though the one before it was not
+            self._pool = self._pool or ThreadPoolExecutor(1)
             self._in_flight = self._pool.submit(write_state, path, state)
 
+    def _leave_to_parent(self) -> None:
+        """Forget, in a process that was forked, what its parent has begun: threads stay there."""
+        if self._process != os.getpid():
+            self.__dict__.update(self.__getstate__(), _process=os.getpid())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process may have."""
+        return {**self.__dict__, "_pool": None, "_in_flight": None, "_held": {}, "_memory": {}}
+
     def _finish_write(self) -> None:
+        self._leave_to_parent()
         if self._in_flight is not None:
             wait([self._in_flight])  # after an interrupt here it is in flight as before
             future, self._in_flight = self._in_flight, None
@@ -118,6 +138,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     def flush(self) -> None:
         """Write what is held, each though another cannot be, and wait until all is on the disk."""
+        self._leave_to_parent()
         with contextlib.ExitStack() as all_of_it:
             all_of_it.callback(self._finish_write)
             while self._held:
@@ -129,10 +150,10 @@ class DurableCheckpointIO(CheckpointIO):
         """Return the checkpoint in ``path`` or, if that is damaged, the one before it.
 
         Raises:
-            UserError: If there is no such file or neither is good.
+            UserError: If there is no such file, neither is good, or ``path`` is remote.
         """
         self._finish_write()
-        return load_checked(Path(path), map_location)
+        return load_checked(local_path(path), map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint with the one before it."""
@@ -150,13 +171,54 @@ class DurableCheckpointIO(CheckpointIO):
 def unloadable(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the names and values that no load under ``weights_only`` would take."""
     for name, value in values.items():
-        buffer = io.BytesIO()
-        try:
-            torch.save(value, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except Exception:  # pickle and torch raise many kinds
+        if not _is_loadable(value):
             yield name, value
+
+
+def _is_loadable(value: Any) -> bool:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # pickle and torch raise many kinds
+        return False
+    return True
+
+
+def refused_in(value: Any, seen: set[int], keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield what no load under ``weights_only`` would take within nested dicts, lists and tuples, with its keys.
+
+    >>> [keys for keys, _ in refused_in({"groups": [{"lr": 0.1, "at": Path("a")}], Path("b"): None}, set())]
+    [('groups', 0, 'at'), (PosixPath('b'),)]
+
+    Args:
+        value: What to look at.
+        seen: The ids of what has been looked at: a container may contain itself.
+        keys: Those that lead to ``value``.
+    """
+    if isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if type(value) in (dict, OrderedDict):
+        for key, part in value.items():
+            yield from refused_in(key, seen, (*keys, key))
+            yield from refused_in(part, seen, (*keys, key))
+    elif type(value) in (list, tuple):
+        for index, part in enumerate(value):
+            yield from refused_in(part, seen, (*keys, index))
+    elif not _is_loadable(value):
+        yield keys, value
+
+
+def _described(keys: tuple[Any, ...], value: Any) -> tuple[str, str]:
+    """Return how to name an entry of a checkpoint, and what to write instead."""
+    if keys[0] in ("hyper_parameters", "datamodule_hyper_parameters") and keys[1:]:
+        return f"the hyper-parameter {keys[1]}", f"save_hyperparameters(ignore=[{keys[1]!r}]), or save its str()"
+    what = "".join(f"[{key!r}]" for key in keys[1:])
+    if isinstance(value, np.generic):
+        return f"{keys[0]}{what}", f"write {type(value.item()).__name__}({keys[-1]})"
+    return f"{keys[0]}{what}", "keep numbers, text and tensors there, in lists and dicts"
 
 
 def previous_path(path: Path) -> Path:
@@ -167,6 +229,24 @@ def previous_path(path: Path) -> Path:
 def checksum_path(path: Path) -> Path:
     """Return where the checksums of ``path`` and of the one before it are kept."""
     return path.with_name(_name_beside(path) + ".sha256")
+
+
+def is_there(path: Path) -> bool:
+    """Return whether there is a checkpoint ``path``, or the one before it."""
+    return path.exists() or previous_path(path).exists()
+
+
+def free_name(path: Path) -> Path:
+    """Return the first of ``last-1.ckpt``, ``last-2.ckpt``, … that no checkpoint has."""
+    return next(p for n in itertools.count(1) if not is_there(p := path.with_stem(f"{path.stem}-{n}")))
+
+
+def move_aside(path: Path) -> None:
+    """Give a checkpoint and what lies beside it, if they are there, the next :func:`free_name`."""
+    aside = free_name(path)
+    for name in (Path, previous_path, checksum_path):
+        if name(path).exists():
+            name(path).rename(name(aside))
 
 
 def _name_beside(path: Path) -> str:
@@ -286,7 +366,7 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         UserError: If there is no such file or neither is good.
     """
-    if not path.exists() and not previous_path(path).exists():
+    if not is_there(path):
         raise UserError(f"there is no checkpoint {path}")
     reasons = []
     for file in (path, previous_path(path)):
@@ -294,6 +374,8 @@ def load_checked(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             break
         try:
             checkpoint = _load(file, known_digests(path), map_location)
+        except UserError as error:
+            reasons.append(str(error))
         except Exception as error:  # torch.load raises many kinds
             reasons.append(f"{file} is damaged or not a checkpoint: {printable(first_line(error))[:150]}")
         else:
@@ -315,7 +397,16 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
         broken = archive.testzip()  # torch.load does not look at the checksums
     if broken is not None:
         raise ValueError(f"the checksum of {broken} is wrong")
-    checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        if not names:
+            raise
+        raise UserError(
+            f"{path} holds objects that a safe load refuses: {printable(names)[:150]}; "
+            "torch.serialization.add_safe_globals allows those that you trust"
+        ) from error
     if not isinstance(checkpoint, dict) or not ("state_dict" in checkpoint or digests):
         raise ValueError("it has no state_dict")
     return checkpoint

@@ -2,12 +2,26 @@
 
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from lit_basics.errors import UserError
+
+
+def local_path(path: str | Path) -> Path:
+    """Return a path of this machine.
+
+    Raises:
+        UserError: If it is remote (``s3://…``), of which ``Path`` would make a local folder ``s3:``.
+    """
+    if re.match(r"\w+:/", str(path)):  # a Path has one of its slashes only
+        raise UserError(f"{path} is remote, and checkpoints are written to local files only: mount it, or copy them")
+    return Path(path)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import assert_equal, fit, metrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from torch import nn
 
-from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, SyntheticCIFAR10
+from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LitBlitzNet, LitClassifier, SyntheticCIFAR10
 from lit_basics.callbacks import last
 from lit_basics.cli import main
 
@@ -149,6 +149,37 @@ def test_a_trainer_with_a_last_checkpoint_alone_tests_and_one_with_more_takes_th
     assert fitted.ckpt_path == best.best_model_path
 
 
+def named(state):
+    """The files of a folder, with which ``last.ckpt`` is that of which module."""
+    return {path.name: torch.load(path, weights_only=True)["state_dict"] for path in sorted(state.glob("*.ckpt"))}
+
+
+@pytest.mark.parametrize("finder", [False, True])
+def test_a_fit_that_begins_anew_keeps_what_another_has_saved(finder, tmp_path):
+    """Without it ``ckpt_path="last"``, which finds no such file, costs the whole run at the first save. A search for a
+    learning rate leaves its own ``ckpt_path``."""
+    images, plugins = data(val_size=16), [DurableCheckpointIO()]
+    first, second, third = LitBlitzNet(), LitBlitzNet(), LitBlitzNet()
+    saver = last.LastCheckpoint(str(tmp_path))
+    trainer(saver, max_epochs=1, plugins=plugins).fit(first, images)
+    trainer(saver, max_epochs=1, plugins=plugins).fit(first, images)  # no other run: the same callback
+    trainer(last.LastCheckpoint(str(tmp_path)), fast_dev_run=True).fit(LitBlitzNet(), images)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous", "last.ckpt.sha256"]
+    more = [LearningRateFinder(num_training_steps=3, update_attr=False)] if finder else []
+    anew = trainer(*more, last.LastCheckpoint(str(tmp_path)), max_epochs=1, plugins=plugins)
+    with pytest.warns(UserWarning, match=r"begins anew.*to .*last-1.ckpt; fit\(ckpt_path='.*last.ckpt'\) would go on"):
+        anew.fit(second, images)
+    states = named(tmp_path)
+    assert_equal(states["last-1.ckpt"], first.state_dict())
+    assert_equal(states["last.ckpt"], second.state_dict())
+    assert {"last-1.ckpt.previous", "last-1.ckpt.sha256"} < {p.name for p in tmp_path.iterdir()}
+    fitted = trainer(last.LastCheckpoint(str(tmp_path)), plugins=plugins)
+    fitted.fit(third, images, ckpt_path=saver.path, weights_only=True)
+    assert_equal(named(tmp_path)["last-1.ckpt"], first.state_dict())
+    assert_equal(named(tmp_path)["last.ckpt"], third.state_dict())
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+
+
 @pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`|Checkpoint directory|Be aware that when using")
 def test_the_last_state_is_that_of_the_training_not_its_average(tmp_path):
     """Saved when training ends, the averages have taken the place of the weights."""
@@ -190,9 +221,24 @@ def test_where_nothing_is_logged_it_stays_off(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_only_the_training_loss_is_logged_it_is_monitored(tmp_path):
-    best = BestLossCheckpoint(str(tmp_path))
-    trainer(best).fit(Otherwise(train_key="train/loss"), datamodule=data(val_size=16))
+class OfSeveral(Otherwise):
+    """Has two validation loaders, of which Lightning adds the number to the key."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val/loss", self.loss(batch), batch_size=16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}])
+@pytest.mark.parametrize("kind", [Otherwise, OfSeveral])
+def test_where_the_validation_logs_its_loss_otherwise_it_says_that_the_training_loss_decides(kind, settings, tmp_path):
+    """Without the warning the best of the training is taken for that of the validation."""
+    best, images = BestLossCheckpoint(str(tmp_path)), data(val_size=16)
+    images.setup("fit")
+    loaders = [images.val_dataloader()] * (1 + (kind is OfSeveral))
+    keys = "val_loss" if kind is Otherwise else "val/loss/dataloader_idx_0, val/loss/dataloader_idx_1"
+    with pytest.warns(UserWarning, match=f"goes by train/loss: the validation logs {keys}, and no val/loss") as caught:
+        trainer(best, max_epochs=4, **settings).fit(kind(train_key="train/loss"), images.train_dataloader(), loaders)
+    assert len([warning for warning in caught if "BestLossCheckpoint" in str(warning.message)]) == 1
     assert best.monitor == "train/loss"
     assert (tmp_path / "best.ckpt").is_file()
 
@@ -211,15 +257,39 @@ def test_validation_that_comes_later_is_waited_for(tmp_path):
     assert best.best_model_score.item() <= fitted.callback_metrics["val/loss"].item()
 
 
-def test_the_record_goes_on_in_another_directory(tmp_path):
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_record_goes_on_in_another_directory_where_it_was_moved(moved, tmp_path):
     first = BestLossCheckpoint(str(tmp_path / "first"))
     fitted = trainer(first, max_epochs=4)
     fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
     fitted.save_checkpoint(tmp_path / "end.ckpt")
+    if moved:
+        (tmp_path / "first").rename(tmp_path / "second")
     second = BestLossCheckpoint(str(tmp_path / "second"))
     continued = trainer(second, max_epochs=5)
-    continued.fit(LitBlitzNet(), datamodule=data(val_size=16), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
-    assert second.best_model_score <= first.best_model_score
+    noisy = data(val_size=16, noise=255.0)
+    continued.fit(LitBlitzNet(), datamodule=noisy, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert second.best_model_path == str(tmp_path / "second" / "best.ckpt")
+    saved = torch.load(second.best_model_path, weights_only=True)["global_step"]
+    if moved:
+        assert second.best_model_score == first.best_model_score
+        assert saved <= fitted.global_step
+    else:
+        assert second.best_model_score == continued.callback_metrics["val/loss"] > first.best_model_score
+        assert saved == continued.global_step > fitted.global_step
+
+
+def test_a_new_run_from_the_checkpoint_of_another_has_a_best_of_its_own(capsys):
+    """With the record of the other, data of larger losses never give it a ``best.ckpt``, and it names the other's."""
+    words = ["--config", "quickstart", "--data.train_images", "200", "--data.test_images", "50"]
+    old = fit(*words, "--trainer.max_epochs", "3", run_dir="old")
+    checkpoint = str(old / "checkpoints" / "last.ckpt")
+    new = fit(*words, "--data.noise", "255", "--ckpt_path", checkpoint, "--trainer.max_epochs", "5", run_dir="new")
+    assert "best checkpoint:" in capsys.readouterr().out.split("run directory: new")[1]
+    assert torch.load(new / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] in (3, 4)
+    assert (new / "best.pth").is_file()
+    assert main(["test", "--run_dir", "new"]) == 0
 
 
 def test_a_training_loss_is_no_record_for_validation_losses(tmp_path):
@@ -384,20 +454,51 @@ def test_the_plain_weights_are_the_averages_whose_loss_was_the_lowest(tmp_path):
     assert_equal(plain, {name.removeprefix("net."): v for name, v in saved.items() if name.startswith("net.")})
 
 
-@pytest.mark.parametrize("settings", [{"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
-def test_the_training_loss_that_was_asked_for_is_taken_at_the_end_of_its_epoch(settings, tmp_path):
-    """At the validation's end, which is when Lightning would look, it is missing or of the epoch before."""
+class OfBoth(Otherwise):
+    """Logs the loss of each step and its mean, under one key."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=16)
+        return loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 0.5}, {"check_val_every_n_epoch": 2}])
+@pytest.mark.parametrize(
+    ("kind", "monitor"), [(LitBlitzNet, "train/loss"), (Otherwise, "train_loss"), (OfBoth, "train_loss")]
+)
+def test_the_training_loss_that_was_asked_for_is_taken_at_the_end_of_its_epoch(kind, monitor, settings, tmp_path):
+    """At the validation's end, which is when Lightning would look, it is missing, of a step or of the epoch before."""
     means = {}
 
     class Means(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            means[trainer.global_step] = trainer.callback_metrics["train/loss"].item()
+            means[trainer.global_step] = trainer.callback_metrics[monitor].item()
 
-    best = BestLossCheckpoint(str(tmp_path), monitor="train/loss")
-    trainer(Means(), best, max_epochs=4, **settings).fit(LitBlitzNet(), datamodule=data(val_size=16))
+    best = BestLossCheckpoint(str(tmp_path), monitor=monitor)
+    trainer(Means(), best, max_epochs=4, **settings).fit(kind(), datamodule=data(val_size=16))
     assert best.best_model_score.item() == min(means.values())
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"]
     assert means[saved] == min(means.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}, {"max_steps": 2}])
+@pytest.mark.parametrize("key", ["train/loss", "train_loss"])
+def test_the_loss_of_one_batch_that_was_asked_for_is_refused(key, settings, tmp_path):
+    """Without it the best is that of the luckiest last batch."""
+
+    class OfStep(Otherwise):
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            self.log(key, loss, batch_size=16)
+            return loss
+
+    best = BestLossCheckpoint(str(tmp_path), monitor=key)
+    fitted = trainer(best, max_epochs=4, **settings)
+    with pytest.warns(UserWarning, match=f"{key} is logged of each step alone; log it with on_epoch=True") as caught:
+        fitted.fit(OfStep(), datamodule=data(val_size=16))
+    assert len([warning for warning in caught if "BestLossCheckpoint" in str(warning.message)]) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("seconds", "monitor"), [("00:00:00:01", "val/loss"), ("00:01:00:00", "train/loss")])

@@ -90,6 +90,17 @@ def test_two_optimizers_each_show_their_own_parameters():
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("every", "steps"), [(4, [3, 4, 7, 8, 11, 12]), (3, [2, 3, 5, 6, 8, 9, 11, 12])])
+def test_of_two_optimizers_that_take_turns_both_are_shown(every, steps):
+    """Counted by the step alone an even ``every_n_steps`` shows the second only, and of a GAN never the generator."""
+    table = fit(Foreign(manual=True, optimizers=2), GradientMonitor(every_n_steps=every))
+    assert list(table)[: len(steps)] == steps
+    for step in steps:
+        of = [part for part in ("backbone", "head") if f"grad/norm/{part}.weight" in table[step]]
+        assert of == ["backbone" if step % 2 else "head"]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_every_n_steps():
     assert list(fit(Foreign(), GradientMonitor(every_n_steps=3))) == [3, 6, 9]
     with pytest.raises(UserError, match="every_n_steps is 0"):

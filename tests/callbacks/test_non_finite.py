@@ -15,9 +15,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import assert_equal, fit, metrics
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_basics import (
@@ -36,6 +38,7 @@ from lit_basics.callbacks import non_finite
 from lit_basics.cli import main
 from lit_basics.data.arrays import no_batches
 from lit_basics.finite import are_finite
+from lit_basics.nested import tensors_in
 
 BATCHES, EVERY = 60, 7
 KINDS = ("nan loss", "inf loss", "gradient", "overflow", "buffer")
@@ -561,6 +564,27 @@ def test_a_signals_save_after_a_rollback_is_good(tmp_path):
     assert checkpoint["callbacks"]["NonFiniteGuard"]["faults"] == 1
 
 
+@pytest.mark.parametrize(("policy", "key"), [("rollback", "snapshot"), ("skip", "buffers")])
+def test_after_the_fit_nothing_is_kept_on_the_device(policy, key, tmp_path):
+    """Without its teardown a GPU holds the weights and the optimizer's state as long as there is the Trainer. The
+    tensors on a GPU, where there may be none, are torch's fake ones."""
+    guard = NonFiniteGuard(policy, every_n_batches=EVERY)
+    fitted = trainer(guard, enable_checkpointing=True)
+    module = Faulty()
+    fitted.fit(module, batches())
+    kept = copy.deepcopy(guard.state_dict())
+    fitted.save_checkpoint(tmp_path / "later.ckpt")
+    saved = torch.load(tmp_path / "later.ckpt", weights_only=True)["callbacks"]["NonFiniteGuard"]
+    tensors = dict(tensors_in(kept))
+    assert len(tensors) > 2
+    assert_equal(dict(tensors_in(saved)), tensors)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        guard.load_state_dict({**kept, key: move_data_to_device(kept[key], torch.device("cuda"))})
+    assert {tensor.device.type for _, tensor in tensors_in(guard.state_dict())} == {"cuda"}
+    guard.teardown(fitted, module, "fit")
+    assert {tensor.device.type for _, tensor in tensors_in(guard.state_dict())} == {"cpu"}
+
+
 def test_weights_that_are_not_finite_before_the_first_step_stop():
     module = Faulty()
     module.net[0].bias.data[2] = math.nan
@@ -742,6 +766,7 @@ def test_wrong_arguments_are_refused():
 RANKS = """
 import math, os, sys, warnings, torch, lightning.pytorch as pl
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from lit_basics import NonFiniteError, NonFiniteGuard
 torch.set_num_threads(1)

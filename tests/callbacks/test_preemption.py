@@ -100,6 +100,28 @@ def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
 
 
+def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
+    """Without its setup nothing is saved, as Lightning adds no checkpoint callback beside it, and "best" is an
+    AttributeError."""
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    alone = pl.Trainer(**settings, callbacks=[Preemption(LastCheckpoint(str(tmp_path)))], enable_model_summary=False)
+    module, data = LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16)
+    with pytest.raises(ValueError, match="not configured to save the best model"):
+        alone.test(module, data, ckpt_path="best")
+    alone.fit(module, data)
+    assert [type(c) for c in alone.callbacks[-2:]] == [LastCheckpoint, Preemption]
+    assert_equal(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"], module.state_dict())
+    with pytest.warns(UserWarning, match="multiple `ModelCheckpoint`"):
+        alone.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
+    assert alone.ckpt_path == str(tmp_path / "last.ckpt")
+    both = [LastCheckpoint(str(tmp_path / "both")), Preemption(LastCheckpoint(str(tmp_path / "both")))]
+    fitted = pl.Trainer(**settings, callbacks=both, enable_model_summary=False)
+    fitted.fit(module, data)
+    assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
+    assert fitted.callbacks[-2] is both[0]
+    assert both[1].best_model_path == str(both[0].path)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])
 def test_a_signal_is_told_of_where_nothing_is_saved(command, number, code, tmp_path, monkeypatch):
@@ -147,6 +169,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
     assert set(seen) == {signal.SIG_IGN}
 
 
+@pytest.mark.filterwarnings("ignore:this fit begins anew")
 def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     """Without the refusal it trains from step 0 and writes over ``last.ckpt``, each time that it is requeued."""
     data = SyntheticCIFAR10(64, 16, batch_size=16)

@@ -1,7 +1,7 @@
 """The checkpoint of the lowest loss."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_basics.callbacks.last import MIN_SECONDS, ends_after_batch
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
-from lit_basics.files import replace_file
+from lit_basics.files import local_path, replace_file
 
 
 class BestLossCheckpoint(ModelCheckpoint):
@@ -24,17 +24,23 @@ class BestLossCheckpoint(ModelCheckpoint):
     torch. The loss is a mean over the validation set, or, without validation, over the epoch's training
     steps; never that of one batch. A loss that is NaN or infinite is never the best. What is kept is a copy,
     taken when the loss falls: it cannot change with the live weights. ``best.pth`` is written at most every ten
-    seconds, before any other checkpoint and at the end. The record goes on when a run is resumed, in another
-    directory as well.
+    seconds, before any other checkpoint and at the end. The record goes on when a run is resumed, also where it was
+    moved with its ``best.ckpt``; a run that begins in another directory with a checkpoint has a record of its own.
 
     Args:
         dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
         weights_path: The file of the plain weights; ``best.pth`` in ``dirpath`` by default.
         monitor: Key of the loss: by default ``val/loss`` where there are validation batches, else
-            ``train/loss``. Where neither is logged, one warning says what is, and nothing is kept.
+            ``train/loss``. Where the validation logs no ``val/loss``, one warning says what it logs, and ``train/loss``
+            decides; where neither is logged, or the key of each step alone, nothing is kept.
+
+    Raises:
+        UserError: If ``dirpath`` or ``weights_path`` is remote.
     """
 
     def __init__(self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None) -> None:
+        for path in filter(None, (dirpath, weights_path)):
+            local_path(path)
         super().__init__(
             dirpath=dirpath,
             filename="best",
@@ -51,6 +57,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._saving = False
         self.record_of: str | None = None
         """Which monitor the best score is of."""
+        self._of_other = False  # the record is that of a run in another directory
         self._missed = False  # a validation came without val/loss
         self._off = False
 
@@ -63,13 +70,17 @@ class BestLossCheckpoint(ModelCheckpoint):
     def weights_path(self) -> Path:
         """The file of the plain weights."""
         assert self.dirpath is not None
-        return Path(self._weights_path or Path(self.dirpath) / "best.pth")
+        return Path(self._weights_path or local_path(self.dirpath) / "best.pth")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
         if not trainer.global_step:  # another fit, whose step of this number is not the one that was saved
             self._last_global_step_saved = 0
+        if trainer.strategy.broadcast(self._of_other):  # not all ranks may see the file
+            self._forget_record()
+            self.best_model_path = self.kth_best_model_path = ""
+        self._of_other = False
         if self._chosen_monitor is None:
             # without a sanity check the batches may not have been counted yet
             validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
@@ -102,20 +113,39 @@ class BestLossCheckpoint(ModelCheckpoint):
                 self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
             self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
             if self._off:
-                there = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
                 rank_zero_warn(
                     "BestLossCheckpoint keeps nothing in this run: its module logs neither val/loss nor the epoch's "
-                    f"train/loss; it logs {there}; monitor= takes another key"
+                    f"train/loss; it logs {_listed(trainer.callback_metrics)}; monitor= takes another key"
                 )
+            elif self.monitor == "train/loss" and self._missed:
+                there = _listed(key for key, of_epoch in _logged(trainer)[1].items() if of_epoch)
+                rank_zero_warn(
+                    f"BestLossCheckpoint goes by train/loss: the validation logs {there}, and no val/loss; "
+                    "monitor= takes another key"
+                )
+        of_epoch = _logged(trainer)[0].get(self._chosen_monitor or "") if self._is_of_training(trainer) else None
+        if of_epoch is not None and not self._is_logged(trainer):  # what is there is of a step, or of another epoch
+            if not of_epoch and not self._off:
+                rank_zero_warn(
+                    f"BestLossCheckpoint keeps nothing in this run: {self.monitor} is logged of each step alone; log "
+                    "it with on_epoch=True"
+                )
+            self._off = self._off or not of_epoch
+            return
         if self._off:
             return
         with self._own_saves(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
+    def _is_of_training(self, trainer: pl.Trainer) -> bool:
+        """Return whether the training alone logs the monitor, whose value is complete at the epoch's end."""
+        training, validation = _logged(trainer)
+        return self.monitor == "train/loss" or (self.monitor in training and self.monitor not in validation)
+
     def _is_logged(self, trainer: pl.Trainer) -> bool:
-        """Return whether the monitor is there; of ``train/loss`` its mean, not what the last batch has logged."""
+        """Return whether the monitor is there; of the training its mean, not what the last batch has logged."""
         metrics = trainer.callback_metrics
-        if self.monitor != "train/loss" or self.monitor not in metrics:
+        if self.monitor not in metrics or not self._is_of_training(trainer):
             return self.monitor in metrics
         newest = metrics.pop(self.monitor)
         of_epoch = self.monitor in trainer.callback_metrics  # at an epoch's end Lightning fills in its values alone
@@ -123,9 +153,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         return of_epoch
 
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
-        # Lightning's private name: it would leave train/loss out where validations are to come every n epochs
-        decides = self.monitor == "train/loss"
-        return decides or super()._should_save_on_train_epoch_end(trainer)
+        # Lightning's private name: it would take train/loss at validations, where it is of a step or of another epoch
+        return self._is_of_training(trainer) or super()._should_save_on_train_epoch_end(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -160,7 +189,7 @@ class BestLossCheckpoint(ModelCheckpoint):
     def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:
         """Let a record of another metric be forgotten, and the weights of a new one be kept."""
         if self.monitor in trainer.callback_metrics and self.record_of not in (None, self.monitor):
-            self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
+            self._forget_record()
         before, held, self._saving = self.best_model_score, self._held, True
         try:
             yield
@@ -174,6 +203,9 @@ class BestLossCheckpoint(ModelCheckpoint):
             if time.monotonic() - self._written_at >= MIN_SECONDS:
                 self._write_weights()
 
+    def _forget_record(self) -> None:
+        self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
+
     def _write_weights(self) -> None:
         if self._held is None:
             return
@@ -182,10 +214,31 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._held, self._written_at = None, time.monotonic()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the record; Lightning forgets it when the directory changes."""
+        """Take over the record, also of a run that was moved; Lightning forgets it when the directory changes."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
         here = Path(self.dirpath or "") / Path(self.best_model_path).name
         if self.dirpath and self.best_model_path and here.is_file():  # the run was moved, or copied
             self.best_k_models = {str(here): score for score in self.best_k_models.values()}
             self.best_model_path = self.kth_best_model_path = str(here)
+        elif self.best_model_path:
+            self._of_other = state_dict.get("dirpath") != self.dirpath
         self.record_of = state_dict["monitor"] if self.best_model_score is not None else None
+
+
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)) or "nothing"
+
+
+def _logged(trainer: pl.Trainer) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Return the keys that the training and the validation log, each with whether it has an epoch's value."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    training: dict[str, bool] = {}
+    validation: dict[str, bool] = {}
+    # Lightning's private names
+    for found, results in ((training, loop._results), (validation, loop.val_loop._results)):
+        for result in results.values():
+            name, of_step = results._forked_name(result, on_step=True)
+            _, of_epoch = results._forked_name(result, on_step=False)
+            for key, reduced in ((of_step, False), (of_epoch, result.meta.on_epoch), (name, result.meta.on_epoch)):
+                found[key] = found.get(key, False) or reduced
+    return training, validation

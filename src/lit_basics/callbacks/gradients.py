@@ -30,7 +30,8 @@ class GradientMonitor(FlushesRows):
     on several processes; the rows go to the Trainer's loggers with one host sync every 100 steps, or every second.
 
     Args:
-        every_n_steps: Steps between two rows.
+        every_n_steps: Steps between two rows. Lightning counts those of several optimizers together: of n there are n
+            rows each time, one after the other.
 
     Raises:
         UserError: If ``every_n_steps`` is below 1.
@@ -56,7 +57,8 @@ class GradientMonitor(FlushesRows):
     ) -> None:
         """Record the norms of the gradients that this optimizer is about to use."""
         step, recorder = trainer.global_step + 1, recorder_of(trainer)
-        if step % self.every_n_steps or recorder.has(step, "grad/norm"):
+        # optimizers that take turns each raise the step: all are shown, not again and again the one whose turn it is
+        if -step % self.every_n_steps >= len(trainer.optimizers) or recorder.has(step, "grad/norm"):
             return
         named = [(name, p.grad) for name, p in trained_parameters(pl_module, optimizer) if p.grad is not None]
         if named:

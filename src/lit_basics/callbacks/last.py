@@ -2,13 +2,15 @@
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lit_basics.checkpoint_io import free_name, is_there, move_aside
+from lit_basics.files import local_path
 from lit_basics.recording import compute_logged
 
 MIN_SECONDS = 10.0
@@ -24,29 +26,43 @@ class LastCheckpoint(Checkpoint):
     training; within the epoch if ``max_steps``, ``max_time`` or ``EarlyStopping`` ends it there, so that a resumed run
     does not leave out the rest. (``ModelCheckpoint(save_last=True)`` with a monitor writes only when the monitored
     metric improves.) It goes behind all other callbacks, so that it holds the newest record of ``BestLossCheckpoint``.
+    A run goes on from it by ``fit(ckpt_path=last.path)``; ``ckpt_path="last"`` finds those of ``ModelCheckpoint`` only.
+    A fit that begins anew moves another run's file aside (``last-1.ckpt``) before it saves.
 
     Args:
         dirpath: Folder of ``last.ckpt``.
+
+    Raises:
+        UserError: If ``dirpath`` is remote.
     """
 
     def __init__(self, dirpath: str) -> None:
-        self.path = Path(dirpath) / "last.ckpt"
+        self.path = local_path(dirpath) / "last.ckpt"
         self.best_model_path = ""
         """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
         self._saved_step = -1
         self._asked = False
+        self._begins = False  # a new run, beside the file of another
         self._ended_step = -1  # that of a save within the epoch, at the end of training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Go behind all other callbacks: the best is for them to say."""
+        """Go behind all other callbacks: the best is for them to say. One that ``Preemption`` alone has joins them."""
         go_behind(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and warn if this run begins anew where another has saved."""
         self._saved_at = time.monotonic() - MIN_SECONDS
         self._saved_step = trainer.global_step or -1  # a resumed run that makes no step has nothing to save
         self._ended_step = -1
+        # after a search for a learning rate ckpt_path is that of the search
+        anew = not trainer.ckpt_path or trainer.fit_loop.total_batch_idx < 0
+        self._begins = anew and not self.best_model_path and is_there(self.path)
+        if self._begins and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"this fit begins anew, and at its first save moves the {self.path.name} of another run to "
+                f"{free_name(self.path)}; fit(ckpt_path={str(self.path)!r}) would go on with that run"
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,6 +119,9 @@ class LastCheckpoint(Checkpoint):
         """Save now; on all ranks."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
             return
+        if self._begins and trainer.is_global_zero:  # strategies whose other ranks write too let them wait for rank 0
+            move_aside(self.path)
+        self._begins = False
         trainer.save_checkpoint(self.path)
         self.best_model_path = str(self.path)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step

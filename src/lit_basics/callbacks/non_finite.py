@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -228,6 +229,10 @@ class NonFiniteGuard(pl.Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
                     _pass_over(callback)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the device's memory, as Lightning has done with the module and the optimizer; a later save finds all."""
+        self._snapshot, self._buffers = move_data_to_device((self._snapshot, self._buffers), torch.device("cpu"))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

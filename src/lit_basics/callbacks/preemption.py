@@ -42,7 +42,7 @@ class Preemption(Checkpoint):
     the state: ``--resume auto`` by command, ``fit(ckpt_path=...)`` where there is a ``last.ckpt`` in your own project.
 
     Args:
-        last: What saves the state.
+        last: What saves the state. It joins the Trainer's callbacks if it is not one of them.
     """
 
     def __init__(self, last: LastCheckpoint) -> None:
@@ -51,6 +51,24 @@ class Preemption(Checkpoint):
         self._interrupted_at = float("inf")
         self._requeues = False
         self._previous: dict[int, Any] = {}
+
+    @property
+    def best_model_path(self) -> str:
+        """That of ``last``: Lightning asks, and after ``ddp_spawn`` tells, whichever checkpoint callback is first."""
+        return self._last.best_model_path
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        self._last.best_model_path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let ``last`` save without a signal too: Lightning adds no checkpoint callback beside this one."""
+        there: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        same = [c for c in there if isinstance(c, LastCheckpoint) and c.path == self._last.path]
+        if same:
+            self._last = same[0]
+        else:
+            self._last.setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go behind all other callbacks, also behind ``last``, which has gone behind the others at its setup."""
