@@ -258,4 +258,7 @@ def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch)
     data += ["--data.val_size", "0", "--data.batch_size", "40"]
     settings = ["--trainer.max_epochs", "5", "--run_dir", str(tmp_path / "run")]
     run([*FIT, "--config", "ddp", *WITHOUT_VALIDATION[kind], *data, *settings])
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 10
+    if kind == "speed94":  # the losses of all ranks, without which those of the other half are missing
+        assert (state["state_dict"]["losses"] < 100).sum() == 80
