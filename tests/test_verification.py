@@ -657,14 +657,18 @@ def test_runs_ask_for_no_gpu_of_their_parent(monkeypatch):
 
 
 def test_images_are_prepared_without_the_trainer_of_an_earlier_fit():
+    """Without ``owner.trainer = None`` the plain loop prepares them with it."""
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+
     class Prepared(SyntheticCIFAR10):
         def setup(self, stage):
-            assert self.trainer is None
+            assert self.trainer is not trainer
             super().setup(stage)
 
     data = Prepared(train_images=64, test_images=8)
-    data.trainer = trainer = pl.Trainer(logger=False, enable_checkpointing=False)
-    verify(LitBlitzNet(), datamodule=data, checks=["loop"], steps=4, **EXACT)
+    data.trainer = trainer
+    report = verify(LitBlitzNet(), datamodule=data, checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
     assert data.trainer is trainer
 
 
