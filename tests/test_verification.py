@@ -672,6 +672,16 @@ def test_images_are_prepared_without_the_trainer_of_an_earlier_fit():
     assert data.trainer is trainer
 
 
+def test_workers_of_an_earlier_iteration_are_left_to_their_parent():
+    """Without ``reset`` the runs end in "can only join a child process", and the workers with them."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, num_workers=2, persistent_workers=True)
+    before = [x for x, _ in data]
+    for loaders in ({"a": data}, CombinedLoader([data])):
+        report = verify(InContainer(), loaders, checks=["loop"], steps=3, **EXACT)
+        assert outcomes(report) == {"loop": "passed"}, str(report)
+        assert all(torch.equal(x, y) for (x, _), y in zip(data, before, strict=True))
+
+
 def test_sigterm_leaves_no_folder_and_no_process(tmp_path):
     """Without ``ending_on_sigterm`` the folder stays."""
     words = ["--config", "quickstart", "--data.train_images", "60", "--checks", "resume", "--steps", "300"]

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm import tqdm
 
@@ -114,6 +115,8 @@ def verify(
             datamodule.setup("fit")  # once, in memory that all runs share
         finally:
             datamodule.trainer = trainer
+    for loaders in (train_dataloaders, val_dataloaders):  # a forked process would shut down workers that are not its own
+        (loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).reset()
     subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
     report = Report()
     with (
