@@ -334,6 +334,14 @@ def test_loaders_in_a_container_have_a_plain_loop(loaders):
     assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
+def test_a_compiled_module_is_verified_as_it_was():
+    """Without ``to_uncompiled`` it is no LightningModule: "Expected a parent"."""
+    model = Plain(samples=64)
+    report = verify(torch.compile(model), loader(shuffle=False), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert report.passed, str(report)
+    assert model._compiler_ctx is None
+
+
 class NoLength(IterableDataset):
     """Five batches, which nobody knows before."""
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from lit_basics.data.arrays import ArrayDataModule
@@ -76,7 +78,7 @@ def verify(
     All but *ddp* compare bit for bit.
 
     Args:
-        model: The module to train; it is not changed.
+        model: The module to train; it is not changed. One that ``torch.compile`` made is trained uncompiled.
         train_dataloaders: As for ``Trainer.fit``.
         val_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
@@ -106,6 +108,8 @@ def verify(
             raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
     if steps < 2:
         raise UserError(f"--steps is {steps}; it must be at least 2")
+    if isinstance(model, OptimizedModule):  # of torch.compile, as Trainer.fit takes it
+        model = to_uncompiled(model)
     if isinstance(train_dataloaders, pl.LightningDataModule):  # as Trainer.fit takes it
         train_dataloaders, datamodule = None, train_dataloaders
     if isinstance(datamodule, ArrayDataModule):
