@@ -21,7 +21,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lit_basics.errors import UserError
-from lit_basics.execution import Counters, carry_steps, check_one_loader, leave_alone, put_between, step_schedulers
+from lit_basics.execution import (
+    Counters,
+    carry_steps,
+    check_one_loader,
+    datamodule_of,
+    leave_alone,
+    put_between,
+    step_schedulers,
+)
 from lit_basics.recording import NEVER, FlushesRows, recorder_of
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ class TrainingHooks(FlushesRows):
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             return
         self._put_settings_back(trainer)
-        there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
+        there, known = (getattr(owner, "num_classes", None) for owner in (datamodule_of(trainer), pl_module))
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
         if isinstance(trainer.precision_plugin, DoublePrecision):

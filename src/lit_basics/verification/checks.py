@@ -119,7 +119,7 @@ def verify(
             datamodule.setup("fit")  # once, in memory that all runs share
         finally:
             datamodule.trainer = trainer
-    for loaders in (train_dataloaders, val_dataloaders):  # a forked process would shut down workers that are not its own
+    for loaders in (train_dataloaders, val_dataloaders):  # a fork would shut down workers that are not its own
         (loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).reset()
     subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
     report = Report()
