@@ -8,7 +8,7 @@ import torch
 from helpers import write_npz
 from torchvision.transforms import v2
 
-from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10
+from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10, UserError
 from lit_basics.data.arrays import channel_statistics
 
 
@@ -41,6 +41,28 @@ def test_a_random_transform_can_be_pickled():
     with pytest.warns(UserWarning, match="applied image by image"):
         data = Numbered(transform=v2.RandomHorizontalFlip())
     assert pickle.loads(pickle.dumps(data)).transform(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_train": torch.rand(100, 1, 8, 8)}, r"x_train as torch.float32 \(100, 1, 8, 8\); it must be a uint8"),
+        ({"x_test": torch.zeros(10, 1, 8, 8, dtype=torch.uint16)}, "x_test as torch.uint16"),
+        ({"x_train": torch.zeros(100, 8, 8, dtype=torch.uint8)}, r"x_train as torch.uint8 \(100, 8, 8\)"),
+        ({"x_test": np.zeros((10, 1, 8, 8), np.uint8)}, "x_test as ndarray"),
+        ({"y_train": torch.arange(99)}, "100 images in x_train, but 99 labels in y_train"),
+        ({"y_test": torch.arange(11)}, "10 images in x_test, but 11 labels in y_test"),
+    ],
+)
+def test_what_load_must_not_return_is_refused(change, message):
+    """Without ``check_arrays`` images in [0, 1] are divided by 255 once more, and labels are those of other images."""
+
+    class Changed(Numbered):
+        def load(self):
+            return super().load()._replace(**change)
+
+    with pytest.raises(UserError, match=f"Changed.load returns {message}"):
+        ready(Changed(mean=[0.0], std=[1.0]))
 
 
 def test_validation_images_are_split_off_by_seed():

@@ -181,7 +181,7 @@ class ArrayDataModule(pl.LightningDataModule):
         self._arrays: ImageArrays | None = None
 
     def load(self) -> ImageArrays:
-        """Return the images and labels, on the CPU; called once in each process, after ``prepare_data``."""
+        """Return uint8 images and labels, on the CPU; called once in each process, after ``prepare_data``."""
         raise NotImplementedError
 
     @property
@@ -203,6 +203,7 @@ class ArrayDataModule(pl.LightningDataModule):
     def _split(self) -> tuple[ImageArrays, Tensor, Tensor]:
         """Return the arrays, and which of the training images are to train on and which to validate on."""
         arrays = self.load()
+        check_arrays(arrays, type(self).__name__)
         size = len(arrays.x_train)
         val = int(self.val_size * size) if isinstance(self.val_size, float) else self.val_size
         if val >= size:
@@ -268,6 +269,24 @@ class ArrayDataModule(pl.LightningDataModule):
             self.setup("fit")
         assert self._arrays is not None
         return self._arrays
+
+
+def check_arrays(arrays: ImageArrays, name: str) -> None:
+    """Refuse what a DataModule's ``load`` must not return.
+
+    Args:
+        arrays: What it has returned.
+        name: The DataModule's class.
+
+    Raises:
+        UserError: If images are not uint8 (N, C, H, W), or there are not as many labels.
+    """
+    for split, x, y in (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test)):
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(f"{name}.load returns x_{split} as {what}; it must be a uint8 tensor (N, C, H, W)")
+        if len(y) != len(x):
+            raise UserError(f"{name}.load returns {len(x)} images in x_{split}, but {len(y)} labels in y_{split}")
 
 
 def no_batches() -> list[Any]:
