@@ -1,6 +1,7 @@
 """Arrays that stay in memory, on the accelerator where they fit: the loader and the DataModule of images."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,9 @@ from lit_basics.errors import UserError
 Transform = nn.Module | Callable[[Tensor], Any]
 """Makes images of images; not ``Tensor``, of which jsonargparse would want a class to be a subclass."""
 Flip = bool | Literal["alternating"]
+
+
+_readers: weakref.WeakKeyDictionary[EpochOrder, int] = weakref.WeakKeyDictionary()  # the loader that iterates each
 
 
 class ImageArrays(NamedTuple):
@@ -77,7 +81,21 @@ class ArrayLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (inputs, targets), gathered, augmented and normalised."""
+        """Yield (inputs, targets), gathered, augmented and normalised.
+
+        Raises:
+            UserError: If another loader is iterating over the same order, which would move on to the epoch after.
+        """
+        if self.sampler.moves_on and _readers.get(self.sampler, id(self)) != id(self):
+            raise UserError("two ArrayLoaders side by side have one EpochOrder: give each an order of its own")
+        _readers[self.sampler] = id(self)
+        try:
+            yield from self._batches()
+        finally:
+            if _readers.get(self.sampler) == id(self):
+                del _readers[self.sampler]
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch, index in self.sampler:
             if self._indices is not None:
                 index = self._indices[index]

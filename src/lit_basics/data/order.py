@@ -94,9 +94,14 @@ class EpochOrder:
         self.epoch, self._start, self._position = epoch, start, start
         self._begun = self._exhausted = False
 
+    @property
+    def moves_on(self) -> bool:
+        """Whether the next iteration is of the epoch after."""
+        return self._begun and (not self._named or self._position == len(self))
+
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch, this rank's sample indices, int64)."""
-        if self._begun and (not self._named or self._position == len(self)):
+        if self.moves_on:
             # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
             self._begin(self.epoch + 1, 0)
         self._begun = True
