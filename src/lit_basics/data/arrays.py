@@ -113,7 +113,7 @@ class ArrayLoader:
             return x if self._normalize is None else self._normalize(x)
         order = self.sampler
         # one stream a batch, drawn for all ranks and cut: the same images at any world size and any resume
-        draws = generator(order.seed, order.epoch, batch)
+        draws = generator(order.seed, order.epoch, batch, 2)
         share = slice(order.rank * len(x), (order.rank + 1) * len(x))
         total = len(x) * order.world_size
 

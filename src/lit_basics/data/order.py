@@ -11,7 +11,11 @@ from lit_basics.errors import UserError
 
 
 def generator(seed: int, *keys: int) -> torch.Generator:
-    """Return a CPU generator whose stream depends on all of ``seed`` and ``keys``."""
+    """Return a CPU generator whose stream depends on all of ``seed`` and ``keys``, but for zeros at their end.
+
+    The keys in use: (epoch) for its order, (0, 1) for the split, (0, 0, 1) for the first flips, (epoch, batch, 2) for
+    the other augmentation of a batch.
+    """
     state = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
