@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lit_basics.data.order import check_shared_out
 from lit_basics.errors import UserError
 from lit_basics.execution import (
     Counters,
@@ -95,8 +96,10 @@ class TrainingHooks(FlushesRows):
         """Begin the rows, or restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
 
         Raises:
-            UserError: If ``configure_optimizers`` is the module's own and made a ``ReduceLROnPlateau``, in manual mode.
+            UserError: If ``configure_optimizers`` is the module's own and made a ``ReduceLROnPlateau``, in manual mode,
+                or the training loader is not shared out over the processes.
         """
+        check_shared_out(trainer, trainer.train_dataloader)
         recorder_of(trainer).clear()
         if self._several:
             check_one_loader(self.module)
@@ -210,6 +213,14 @@ class TrainingHooks(FlushesRows):
         several = trainer.world_size > 1
         for name, mean in means.items():
             self.module.log(name, mean, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=several)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether the loaders are shared out over the processes."""
+        check_shared_out(trainer, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether the loaders are shared out over the processes."""
+        check_shared_out(trainer, trainer.test_dataloaders)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/loss`` and ``val/<metric>``."""

@@ -10,6 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lit_basics.data.order import check_shared_out
+
 
 class RandomState(pl.Callback):
     """Saves the state of Python's, NumPy's, torch's and CUDA's generators, and restores it on a resume.
@@ -47,7 +49,12 @@ class RandomState(pl.Callback):
         self._loader_states = loops["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore this rank's states after a resume."""
+        """Restore this rank's states after a resume.
+
+        Raises:
+            UserError: If the training loader is not shared out over the processes.
+        """
+        check_shared_out(trainer, trainer.train_dataloader)
         self._load_loaders(trainer)
         if self._loaded is None:
             return

@@ -37,6 +37,8 @@ class ImageArrays(NamedTuple):
 class ArrayLoader:
     """Batches gathered from tensors, in the order of an :class:`EpochOrder`; resumes at any batch.
 
+    ``Trainer(overfit_batches=...)`` leaves the order as it is: give it one with ``shuffle=False``.
+
     Args:
         inputs: Tensor (N, …).
         targets: Tensor (N, …) on the same device.

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lit_basics.errors import UserError
@@ -174,6 +175,29 @@ def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
             raise UserError(
                 f"the checkpoint's data had {name} {other}, here it is {value}: cannot resume; by command, "
                 "--resume_reset keeps the weights and the optimizer and begins the data anew"
+            )
+
+
+def check_shared_out(trainer: Any, loaders: Any) -> None:
+    """Refuse loaders whose order was made for another number of processes than the Trainer has.
+
+    Args:
+        trainer: A Trainer that is running.
+        loaders: A loader, or a collection of some.
+
+    Raises:
+        UserError: If there is one, unless ``use_distributed_sampler=False`` says that it is shared out in another way.
+    """
+    # Lightning's private name of that argument; the kwargs are None on one device
+    if not trainer._accelerator_connector.use_distributed_sampler:
+        return
+    processes = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    for loader in CombinedLoader(loaders).flattened:
+        order = getattr(loader, "sampler", None)
+        if isinstance(order, EpochOrder) and order.world_size != processes:
+            raise UserError(
+                f"the loader's EpochOrder is of world_size {order.world_size}, but the Trainer has {processes} "
+                f"process{'es' * (processes > 1)}: give it rank and world_size, or the DataModule to the Trainer"
             )
 
 
