@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10, UserError
 from lit_basics.data.arrays import channel_statistics
+from lit_basics.data.images import Normalize, cut_out, shift_and_flip
 
 
 class Numbered(ArrayDataModule):
@@ -161,6 +162,31 @@ def test_whether_an_image_is_flipped_depends_on_nothing_else(batch):
     flipped = x[:, 0, 0, 0] == 1
     for parity in (0, 1):
         assert flipped[y % 2 == parity].double().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_batch_is_augmented_by_the_documented_draws():
+    """Written out here: flip, rows, columns, and the square's place, from (seed, epoch, batch, 2)."""
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+    order = EpochOrder(24, 8, shuffle=True, seed=5)
+    order.set_epoch(3)
+    batches = list(ArrayLoader(images, torch.arange(24), order, crop=2, flip=True, cutout=4))
+    for batch, (x, y) in enumerate(batches):
+        state = np.random.SeedSequence((5, 3, batch, 2)).generate_state(1, np.uint64)
+        draws = torch.Generator().manual_seed(int(state[0]) >> 1)
+        bounds = [(0, 2), (-2, 3), (-2, 3), (0, 13), (0, 13)]
+        flip, dy, dx, top, left = (torch.randint(low, high, (8,), generator=draws) for low, high in bounds)
+        expected = cut_out(shift_and_flip(images[y], dy, dx, flip.bool()), top, left, 4)
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("flip", [True, "alternating"])
+def test_arrays_on_another_device_stay_there(flip):
+    """No value of another device is asked for: on this one there are none."""
+    images, normalize = torch.zeros(24, 3, 16, 16, dtype=torch.uint8, device="meta"), Normalize([0.5], [0.5], 3)
+    options = {"crop": 2, "flip": flip, "cutout": 4, "normalize": normalize, "indices": torch.arange(24)}
+    order = EpochOrder(24, 8, shuffle=True)
+    for x, y in ArrayLoader(images, torch.zeros(24, device="meta"), order, **options):
+        assert (x.device.type, y.device.type, x.shape, y.shape) == ("meta", "meta", (8, 3, 16, 16), (8,))
 
 
 def test_only_training_images_are_augmented_and_transformed():

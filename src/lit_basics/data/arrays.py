@@ -71,7 +71,7 @@ class ArrayLoader:
         cutout: int = 0,
     ) -> None:
         self.inputs, self.targets, self.sampler = inputs, targets, order
-        self._indices = indices
+        self._indices = None if indices is None else indices.to(inputs.device)
         self._normalize, self._transform = normalize, transform
         self._crop, self._flip, self._cutout = crop, flip, cutout
         if flip == "alternating":
@@ -99,9 +99,9 @@ class ArrayLoader:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch, index in self.sampler:
+            index = sent([index], self.inputs.device)[0]
             if self._indices is not None:
                 index = self._indices[index]
-            index = index.to(self.inputs.device)
             x = self.inputs.index_select(0, index)  # row by row; indexing copies byte by byte on the CPU
             if self._transform is not None:
                 x = self._transform(x)
@@ -120,20 +120,22 @@ class ArrayLoader:
         total = len(x) * order.world_size
 
         def draw(low: int, high: int) -> Tensor:
-            return torch.randint(low, high + 1, (total,), generator=draws)[share].to(x.device)
+            return torch.randint(low, high + 1, (total,), generator=draws)[share]
 
+        alternates = self._flip == "alternating"
+        bounds = [(0, 1)] if self._flip and not alternates else []
+        bounds += [(-crop, crop)] * 2 if crop or self._flip else []
+        bounds += [(0, side - cutout) for side in x.shape[2:]] if cutout else []
+        drawn = sent([draw(low, high) for low, high in bounds], x.device)
         if crop or self._flip:
-            if self._flip == "alternating":
+            if alternates:
                 flip = self._first_flip[index] != order.epoch % 2
             else:
-                flip = draw(0, 1).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            x = shift_and_flip(x, draw(-crop, crop), draw(-crop, crop), flip)
+                flip = drawn.pop(0).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            x = shift_and_flip(x, drawn.pop(0), drawn.pop(0), flip)
         if self._normalize is not None:
             x = self._normalize(x)
-        if cutout:
-            height, width = x.shape[2:]
-            x = cut_out(x, draw(0, height - cutout), draw(0, width - cutout), cutout)
-        return x
+        return cut_out(x, drawn[0], drawn[1], cutout) if cutout else x
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the order."""
@@ -307,6 +309,14 @@ def check_arrays(arrays: ImageArrays, name: str) -> None:
             raise UserError(f"{name}.load returns x_{split} as {what}; it must be a uint8 tensor (N, C, H, W)")
         if len(y) != len(x):
             raise UserError(f"{name}.load returns {len(x)} images in x_{split}, but {len(y)} labels in y_{split}")
+
+
+def sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return the CPU's tensors of one shape on a device: on a GPU by one copy, which waits for no earlier work."""
+    if device.type == "cpu":
+        return tensors
+    whole = torch.stack(tensors)
+    return list(whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device))
 
 
 def no_batches() -> list[Any]:
