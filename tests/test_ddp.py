@@ -156,6 +156,28 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert "batch_size is 13; it must divide by the 2 processes" in done.stderr
 
 
+NOT_SHARED_OUT = """
+import lightning.pytorch as pl
+from lit_basics import LitLeNet5, SyntheticCIFAR10
+
+data = SyntheticCIFAR10(60, 10, batch_size=10, val_size=10)
+data.setup("fit")
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+                     max_epochs=1, enable_progress_bar=False, num_sanity_val_steps=0)
+trainer.fit(LitLeNet5(), data.train_dataloader(), data.val_dataloader())
+"""
+
+
+def test_loaders_that_are_not_shared_out_are_refused(tmp_path):
+    """Without ``check_shared_out`` each rank trains on all samples."""
+    script = tmp_path / "script.py"
+    script.write_text(NOT_SHARED_OUT)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=ONE_THREAD, timeout=100)
+    said = "the loader's EpochOrder is of world_size 1, but the Trainer has 2 processes: give it rank and world_size"
+    assert f"UserError: {said}" in done.stderr
+    assert done.returncode == 1
+
+
 def test_only_rank_0_writes(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     done = run([*FIT, *words(path, tmp_path / "run"), "--config", "ddp"])

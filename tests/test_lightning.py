@@ -19,7 +19,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import (
+    ArrayLoader,
     DurableCheckpointIO,
+    EpochOrder,
     GradientMonitor,
     LitBlitzNet,
     LitClassifier,
@@ -50,6 +52,33 @@ def trainer(**settings):
 
 def data(**options):
     return SyntheticCIFAR10(60, 20, **{"batch_size": 10, "val_size": 20, **options})
+
+
+class Foreign(pl.LightningModule):
+    """A module without a part of lit_basics."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("stage", "own"), [("fit", True), ("validate", True), ("test", True), ("fit", False)])
+def test_an_order_of_another_world_size_than_the_trainers_is_refused(stage, own):
+    """Without ``check_shared_out`` half of the samples are left out, unasked."""
+    x, y = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+    loader = ArrayLoader(x, y, EpochOrder(20, 10, shuffle=stage == "fit", world_size=2))
+    val = [ArrayLoader(x, y, EpochOrder(20, 10, shuffle=False))] if stage == "fit" and own else []
+    module = LitClassifier(small_net()) if own else Foreign()
+    settings = {"max_epochs": 1, "callbacks": [] if own else [RandomState()]}
+    with pytest.raises(UserError, match="EpochOrder is of world_size 2, but the Trainer has 1 process: give it"):
+        getattr(trainer(**settings), stage)(module, loader, *val)
+    getattr(trainer(**settings, use_distributed_sampler=False), stage)(module, loader, *val)
 
 
 class Overriding(LitClassifier):

@@ -31,6 +31,23 @@ def test_rows_reach_the_loggers_at_a_flush(trainer, rows):
     assert rows.rows == [(1, {"train/loss": 2.0, "a": 3.0, "b": 4.0, "lr": 0.5})]
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize("values", [torch.tensor([5.0, 6.0, 0.1]), [5.0, 6.0, 0.1]])
+def test_values_whose_columns_are_apart_are_recorded_at_once(trainer, rows, values, on_host):
+    """As of a parameter that has lost its gradient; the columns of a GPU by a stand-in, which takes its path."""
+    recorder = recorder_of(trainer)
+    recorder._on_host = on_host
+    recorder._resize(16)
+    recorder.put_all(1, ["a", "b", "c", "d"], torch.arange(4.0))
+    names = ["d", "a", "c"]
+    recorder.put_all(2, names, values)
+    recorder.put_all(3, names, values)
+    recorder.flush()
+    assert rows.rows[0] == (1, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0})
+    number = values[2].item() if isinstance(values, torch.Tensor) else 0.1
+    assert rows.rows[1:] == [(step, {"d": 5.0, "a": 6.0, "c": number}) for step in (2, 3)]
+
+
 def test_a_full_buffer_flushes_itself(trainer, rows):
     recorder = recorder_of(trainer)
     for step in range(1, ROWS + 2):

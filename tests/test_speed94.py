@@ -156,6 +156,12 @@ def test_it_can_be_compiled_in_bfloat16():
         assert (gradient - expected).norm() < 0.02 * expected.norm()  # bfloat16 has 8 bits: 0.004 a rounding
 
 
+def test_a_device_without_bfloat16_is_left_the_autocast_that_it_has():
+    """Otherwise autocast is entered, to switch it off, and with it a T4's float16 under 16-mixed; meta has none."""
+    module = LitSpeedNet(widths=WIDTHS).to("meta")
+    assert module(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
+
+
 @pytest.mark.parametrize("side", [16, 24, 28, 32])
 def test_any_resolution(side):
     assert SpeedNet()(torch.zeros(2, 3, side, side)).shape == (2, 10)

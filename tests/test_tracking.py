@@ -302,6 +302,21 @@ def test_the_bar_shows_the_newest_losses_and_is_drawn_now_and_then(monkeypatch):
     assert shown["val/loss"] == rows.table()[56]["val/loss"]
 
 
+def test_the_bar_reads_each_value_of_a_validation_once(monkeypatch):
+    """Without ``_numbers`` it does so at each refresh, which a GPU makes it wait for."""
+    read = []
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "float", lambda value: read.append(value) or value.item(), raising=False)
+    bar = progress.ProgressBar(refresh_rate=1)
+    trainer = pl.Trainer(
+        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        **{"enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [bar]},
+    )
+    trainer.fit(LitClassifier(net()), SyntheticCIFAR10(64, 8, batch_size=8, val_size=8))
+    names = [name for name in trainer.callback_metrics if name.startswith("val/")]
+    assert len(read) == 2 * len(names)
+
+
 class Refuses(Rows):
     def log_metrics(self, metrics, step=None):
         raise OSError("no such device")

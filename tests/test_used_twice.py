@@ -103,6 +103,30 @@ def test_a_fit_that_failed_early_leaves_the_trainers_settings(mode):
     assert fitted.global_step == 2
 
 
+class Negative(SyntheticCIFAR10):
+    """Its transfer hook turns the images around."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return -batch[0], batch[1]
+
+
+@pytest.mark.parametrize(("classes", "steps"), [(2, 1), (10, 4)])
+def test_a_datamodule_has_no_part_in_a_later_fit_without_it(classes, steps):
+    """Without ``datamodule_of``: "the labels go up to 9, but num_classes is 2", and its hooks get the batches."""
+    x, y = torch.randn(60, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 2
+    weights = []
+    for validates in (False, True):
+        fitted = trainer()
+        if validates:
+            fitted.validate(LitClassifier(net()), datamodule=Negative(60, 20, val_size=20), verbose=False)
+        torch.manual_seed(0)
+        small = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))
+        module = LitClassifier(small, num_classes=classes, steps_per_execution=steps)
+        fitted.fit(module, *(ArrayLoader(x, y, EpochOrder(60, 10, shuffle=shuffle)) for shuffle in (True, False)))
+        weights.append(module.net.state_dict())
+    assert_equal(*weights)
+
+
 KEPT = """
 import gc, weakref
 import lightning.pytorch as pl

@@ -334,6 +334,14 @@ def test_loaders_in_a_container_have_a_plain_loop(loaders):
     assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
+def test_a_compiled_module_is_verified_as_it_was():
+    """Without ``to_uncompiled`` it is no LightningModule: "Expected a parent"."""
+    model = Plain(samples=64)
+    report = verify(torch.compile(model), loader(shuffle=False), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert report.passed, str(report)
+    assert model._compiler_ctx is None
+
+
 class NoLength(IterableDataset):
     """Five batches, which nobody knows before."""
 
@@ -657,15 +665,29 @@ def test_runs_ask_for_no_gpu_of_their_parent(monkeypatch):
 
 
 def test_images_are_prepared_without_the_trainer_of_an_earlier_fit():
+    """Without ``owner.trainer = None`` the plain loop prepares them with it."""
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+
     class Prepared(SyntheticCIFAR10):
         def setup(self, stage):
-            assert self.trainer is None
+            assert self.trainer is not trainer
             super().setup(stage)
 
     data = Prepared(train_images=64, test_images=8)
-    data.trainer = trainer = pl.Trainer(logger=False, enable_checkpointing=False)
-    verify(LitBlitzNet(), datamodule=data, checks=["loop"], steps=4, **EXACT)
+    data.trainer = trainer
+    report = verify(LitBlitzNet(), datamodule=data, checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
     assert data.trainer is trainer
+
+
+def test_workers_of_an_earlier_iteration_are_left_to_their_parent():
+    """Without ``reset`` the runs end in "can only join a child process", and the workers with them."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, num_workers=2, persistent_workers=True)
+    before = [x for x, _ in data]
+    for loaders in ({"a": data}, CombinedLoader([data])):
+        report = verify(InContainer(), loaders, checks=["loop"], steps=3, **EXACT)
+        assert outcomes(report) == {"loop": "passed"}, str(report)
+        assert all(torch.equal(x, y) for (x, _), y in zip(data, before, strict=True))
 
 
 def test_sigterm_leaves_no_folder_and_no_process(tmp_path):

@@ -354,10 +354,16 @@ def hooks(module: LitSupervised, name: str) -> list[Hook]:
     ]
 
 
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """Return this run's DataModule; ``trainer.datamodule`` is one of an earlier run where this has none."""
+    selector = trainer._data_connector._datahook_selector  # private, and what Lightning asks for a batch's hooks
+    return None if selector is None else selector.datamodule
+
+
 def transfer_hooks(module: LitSupervised) -> list[Hook]:
     """Return what brings a batch to the device, in order: the precision's, and the DataModule's or the module's."""
     trainer = module.trainer
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = datamodule_of(trainer)
 
     def owner(name: str) -> Any:
         return data if data is not None and is_overridden(name, data) else module

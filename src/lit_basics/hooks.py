@@ -20,8 +20,17 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lit_basics.data.order import check_shared_out
 from lit_basics.errors import UserError
-from lit_basics.execution import Counters, carry_steps, check_one_loader, leave_alone, put_between, step_schedulers
+from lit_basics.execution import (
+    Counters,
+    carry_steps,
+    check_one_loader,
+    datamodule_of,
+    leave_alone,
+    put_between,
+    step_schedulers,
+)
 from lit_basics.recording import NEVER, FlushesRows, recorder_of
 
 if TYPE_CHECKING:
@@ -60,7 +69,7 @@ class TrainingHooks(FlushesRows):
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             return
         self._put_settings_back(trainer)
-        there, known = (getattr(owner, "num_classes", None) for owner in (trainer.datamodule, pl_module))  # type: ignore[attr-defined]
+        there, known = (getattr(owner, "num_classes", None) for owner in (datamodule_of(trainer), pl_module))
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
         if isinstance(trainer.precision_plugin, DoublePrecision):
@@ -87,8 +96,10 @@ class TrainingHooks(FlushesRows):
         """Begin the rows, or restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
 
         Raises:
-            UserError: If ``configure_optimizers`` is the module's own and made a ``ReduceLROnPlateau``, in manual mode.
+            UserError: If ``configure_optimizers`` is the module's own and made a ``ReduceLROnPlateau``, in manual mode,
+                or the training loader is not shared out over the processes.
         """
+        check_shared_out(trainer, trainer.train_dataloader)
         recorder_of(trainer).clear()
         if self._several:
             check_one_loader(self.module)
@@ -202,6 +213,14 @@ class TrainingHooks(FlushesRows):
         several = trainer.world_size > 1
         for name, mean in means.items():
             self.module.log(name, mean, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=several)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether the loaders are shared out over the processes."""
+        check_shared_out(trainer, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look whether the loaders are shared out over the processes."""
+        check_shared_out(trainer, trainer.test_dataloaders)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/loss`` and ``val/<metric>``."""

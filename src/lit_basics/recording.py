@@ -44,7 +44,7 @@ class StepRecorder:
         self._cells: Any = None
         self._resize(16)
         self._columns: dict[str, int] = {}
-        self._looked_up: tuple[Sequence[str], slice | list[int], dict[int, tuple[int, int]]] = ((), [], {})
+        self._looked_up: tuple[Sequence[str], slice | Tensor, dict[int, tuple[int, int]]] = ((), slice(0), {})
         self._every: list[int] = []
         self._averaged: set[str] = set()
         self._steps: list[int] = []
@@ -97,7 +97,7 @@ class StepRecorder:
             first, last = columns[0], columns[-1]
             # a parameter that had no gradient at first has its column elsewhere
             side_by_side = columns == list(range(first, last + 1))
-            place = slice(first, last + 1) if side_by_side else columns
+            place = slice(first, last + 1) if side_by_side else torch.tensor(columns, device=self._device)
             self._looked_up = names, place, dict.fromkeys(columns, (1, 0))
         _, place, filled = self._looked_up
         if isinstance(values, Tensor):
@@ -107,8 +107,7 @@ class StepRecorder:
         if isinstance(place, slice):
             self._cells[row, place] = values
         else:
-            for column, value in zip(place, values, strict=True):
-                self._cells[row, column] = value
+            self._buffer[row].index_copy_(0, place, torch.as_tensor(values, dtype=self._dtype, device=self._device))
         self._filled[row].update(filled)
 
     def put_host(self, step: int, name: str, value: float, *, every: int = 1) -> None:

@@ -4,9 +4,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Rows
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from lit_basics import GradientMonitor, UserError
+from lit_basics import GradientMonitor, UserError, ValueMonitor
 from lit_basics.callbacks.gradients import gradient_norms
 
 
@@ -68,6 +69,32 @@ def fit(module, *callbacks, **settings):
     )
     trainer.fit(module)
     return rows.table()
+
+
+class HalfPrecision(Foreign):
+    """With a fused optimizer, or one that is not."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, fused=self.fused)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("monitor", [GradientMonitor, ValueMonitor])
+def test_gradients_are_unscaled_under_a_fused_optimizer_too(monitor):
+    """Without ``scale_left`` they are 256 times as large."""
+    tables = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+        tables.append(fit(HalfPrecision(fused), monitor(), plugins=[precision]))
+    expected, rows = ({key: value for key, value in table[1].items() if "grad" in key} for table in tables)
+    assert rows == expected
+    assert len(rows) > 4
+    assert all(0 < rows[key] < 10 for key in rows if "norm" in key)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10, verify
+from lit_basics.callbacks.random_state import generator_states, set_generator_states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -94,3 +95,31 @@ def test_verify_passes_it(data):
     """Without ``_load_loaders`` every resume point within an epoch fails."""
     report = verify(Cycled(), datamodule=data(), checks=["resume"], steps=6, callbacks=[RandomState()], progress=False)
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_state_of_the_device_that_is_trained_on_is_kept(kind, monkeypatch):
+    """By stand-ins for what torch has of GPUs; before, the states of all were restored if there were as many."""
+    states = {torch.device(kind, 0): torch.tensor([1]), torch.device(kind, 3): torch.tensor([2])}
+    module = getattr(torch, kind)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(module, "set_rng_state", lambda state, device: states.update({device: state}))
+    saved = generator_states(torch.device(kind, 3))
+    set_generator_states(saved, torch.device(kind, 0))  # the third alone was visible, say
+    assert torch.equal(states[torch.device(kind, 0)], torch.tensor([2]))
+    with pytest.warns(UserWarning, match=f"the run was on {kind}, here it is on cpu"):
+        set_generator_states(saved)
+
+
+def test_a_file_of_an_earlier_version_has_the_states_of_all_gpus():
+    """Where there are as many they are restored, else it is said."""
+    torch.manual_seed(7)
+    states = generator_states()
+    expected = torch.rand(3)
+    del states["device"]
+    set_generator_states({**states, "cuda": []})
+    assert torch.equal(torch.rand(3), expected)
+    with pytest.warns(UserWarning, match="the run saw 2 GPUs, here are 0"):
+        set_generator_states({**states, "cuda": [torch.tensor([1]), torch.tensor([2])]}, torch.device("cuda", 0))
+    assert torch.equal(torch.rand(3), expected)

@@ -8,8 +8,9 @@ import torch
 from helpers import write_npz
 from torchvision.transforms import v2
 
-from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10
+from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10, UserError
 from lit_basics.data.arrays import channel_statistics
+from lit_basics.data.images import Normalize, cut_out, shift_and_flip
 
 
 class Numbered(ArrayDataModule):
@@ -41,6 +42,28 @@ def test_a_random_transform_can_be_pickled():
     with pytest.warns(UserWarning, match="applied image by image"):
         data = Numbered(transform=v2.RandomHorizontalFlip())
     assert pickle.loads(pickle.dumps(data)).transform(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_train": torch.rand(100, 1, 8, 8)}, r"x_train as torch.float32 \(100, 1, 8, 8\); it must be a uint8"),
+        ({"x_test": torch.zeros(10, 1, 8, 8, dtype=torch.uint16)}, "x_test as torch.uint16"),
+        ({"x_train": torch.zeros(100, 8, 8, dtype=torch.uint8)}, r"x_train as torch.uint8 \(100, 8, 8\)"),
+        ({"x_test": np.zeros((10, 1, 8, 8), np.uint8)}, "x_test as ndarray"),
+        ({"y_train": torch.arange(99)}, "100 images in x_train, but 99 labels in y_train"),
+        ({"y_test": torch.arange(11)}, "10 images in x_test, but 11 labels in y_test"),
+    ],
+)
+def test_what_load_must_not_return_is_refused(change, message):
+    """Without ``check_arrays`` images in [0, 1] are divided by 255 once more, and labels are those of other images."""
+
+    class Changed(Numbered):
+        def load(self):
+            return super().load()._replace(**change)
+
+    with pytest.raises(UserError, match=f"Changed.load returns {message}"):
+        ready(Changed(mean=[0.0], std=[1.0]))
 
 
 def test_validation_images_are_split_off_by_seed():
@@ -101,6 +124,69 @@ def test_augmentation_is_the_same_at_any_world_size_and_after_a_resume(world_siz
     resumed.load_state_dict(stopped.state_dict())
     assert all(torch.equal(x, y) for (x, _), y in zip(resumed, whole[2:], strict=True))
     assert not torch.equal(whole[0], images[next(iter(loader().sampler))[1]])
+
+
+@pytest.mark.parametrize(("size", "named"), [(8, False), (8, True), (40, False)])
+def test_two_loaders_side_by_side_have_an_order_each(size, named):
+    """Without ``_readers`` the second is an epoch ahead, and its samples are not those of the first."""
+    x = torch.arange(size)
+    order, other = (EpochOrder(size, 8, shuffle=True) for _ in range(2))
+    first, second, third = ArrayLoader(x, x, order), ArrayLoader(x, -x, order), ArrayLoader(x, -x, other)
+    for epoch in range(2):
+        for one in (order, other) if named else ():
+            one.set_epoch(epoch)
+        assert all(torch.equal(y, -z) for (_, y), (_, z) in zip(first, third, strict=True))
+    if named:
+        order.set_epoch(2)
+    with pytest.raises(UserError, match="give each an order of its own"):
+        list(zip(first, second, strict=True))
+    assert len(list(second)) == len(list(first)), "one after the other"
+
+
+def test_two_loaders_may_share_an_order_within_an_epoch_begun_by_name():
+    """As Lightning begins each."""
+    x, order = torch.arange(40), EpochOrder(40, 8, shuffle=True)
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        pairs = zip(ArrayLoader(x, x, order), ArrayLoader(x, -x, order), strict=True)
+        assert all(torch.equal(y, -z) for (_, y), (_, z) in pairs)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_whether_an_image_is_flipped_depends_on_nothing_else(batch):
+    """Without a key of its own batch 0 is flipped by what drew the order: 37 % of the even images, 63 % of the odd."""
+    index = torch.arange(10000)
+    ramps = torch.tensor([0, 1], dtype=torch.uint8).expand(10000, 1, 1, 2)
+    loader = ArrayLoader(ramps, index, EpochOrder(10000, 5000, shuffle=True), flip=True)
+    x, y = list(loader)[batch]
+    flipped = x[:, 0, 0, 0] == 1
+    for parity in (0, 1):
+        assert flipped[y % 2 == parity].double().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_batch_is_augmented_by_the_documented_draws():
+    """Written out here: flip, rows, columns, and the square's place, from (seed, epoch, batch, 2)."""
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8)
+    order = EpochOrder(24, 8, shuffle=True, seed=5)
+    order.set_epoch(3)
+    batches = list(ArrayLoader(images, torch.arange(24), order, crop=2, flip=True, cutout=4))
+    for batch, (x, y) in enumerate(batches):
+        state = np.random.SeedSequence((5, 3, batch, 2)).generate_state(1, np.uint64)
+        draws = torch.Generator().manual_seed(int(state[0]) >> 1)
+        bounds = [(0, 2), (-2, 3), (-2, 3), (0, 13), (0, 13)]
+        flip, dy, dx, top, left = (torch.randint(low, high, (8,), generator=draws) for low, high in bounds)
+        expected = cut_out(shift_and_flip(images[y], dy, dx, flip.bool()), top, left, 4)
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("flip", [True, "alternating"])
+def test_arrays_on_another_device_stay_there(flip):
+    """No value of another device is asked for: on this one there are none."""
+    images, normalize = torch.zeros(24, 3, 16, 16, dtype=torch.uint8, device="meta"), Normalize([0.5], [0.5], 3)
+    options = {"crop": 2, "flip": flip, "cutout": 4, "normalize": normalize, "indices": torch.arange(24)}
+    order = EpochOrder(24, 8, shuffle=True)
+    for x, y in ArrayLoader(images, torch.zeros(24, device="meta"), order, **options):
+        assert (x.device.type, y.device.type, x.shape, y.shape) == ("meta", "meta", (8, 3, 16, 16), (8,))
 
 
 def test_only_training_images_are_augmented_and_transformed():

@@ -35,6 +35,14 @@ def test_a_batch_of_any_size_is_normalized_as_its_images_are(count):
     assert normalize(channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_images_on_another_device_leave_the_numbers_where_they_are():
+    """Without copies of its own for each device it cannot normalise on the CPU any more: in forked processes, say."""
+    normalize = Normalize([0.49, 0.48, 0.45], [0.25, 0.24, 0.26], 3)
+    expected = normalize(IMAGES)
+    assert normalize(IMAGES.to("meta")).device == torch.device("meta")
+    assert torch.equal(normalize(IMAGES), expected)
+
+
 def test_every_grey_level_equals_torchvisions():
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     theirs = transforms.Normalize([0.3], [0.7])(transforms.ToTensor()(Image.fromarray(grey[0, 0].numpy())))

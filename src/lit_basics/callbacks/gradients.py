@@ -65,7 +65,9 @@ class GradientMonitor(FlushesRows):
             names, grads = zip(*named, strict=True)
             if names != self._names:
                 self._names, self._keys = names, ["grad/norm", *(f"grad/norm/{name}" for name in names)]
-            norms = gradient_norms(grads)
+            norms, scale = gradient_norms(grads), scale_left(trainer, optimizer)
+            if scale is not None:
+                norms = [norm / scale.item() for norm in norms] if isinstance(norms, list) else norms / scale
             recorder.put_all(step, self._keys, norms)
             self.newest = norms[0]
 
@@ -76,6 +78,15 @@ class GradientMonitor(FlushesRows):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Flush, so that the rows of earlier steps come before the validation's."""
         recorder_of(trainer).flush_finished()
+
+
+def scale_left(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Return what gradients are multiplied by still: under ``16-mixed`` a fused optimizer divides by it itself."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):  # as Lightning asks
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))  # get_scale would wait for a GPU
+    return scale
 
 
 def gradient_norms(grads: Sequence[Tensor]) -> Tensor | list[float]:

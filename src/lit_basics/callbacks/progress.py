@@ -22,6 +22,7 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._refreshed_at = float("-inf")
+        self._numbers: dict[str, tuple[Any, float]] = {}  # of each value that has been read: a GPU is asked once
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -40,5 +41,7 @@ class ProgressBar(TQDMProgressBar):
             metrics["train/loss"] = latest
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/"):
-                metrics[name] = float(value)
+                if name not in self._numbers or self._numbers[name][0] is not value:
+                    self._numbers[name] = value, float(value)
+                metrics[name] = self._numbers[name][1]
         return metrics

@@ -9,16 +9,21 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lit_basics.data.order import check_shared_out
+
+CPU = torch.device("cpu")
 
 
 class RandomState(pl.Callback):
-    """Saves the state of Python's, NumPy's, torch's and CUDA's generators, and restores it on a resume.
+    """Saves the state of Python's, NumPy's and torch's generators, and of the device's; restores it on a resume.
 
-    Lightning saves none. Each process gets its own back. Works in any Lightning project. It also keeps
-    Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run with ``max_steps`` is resumed
-    at an epoch's end, gives our loaders their place where ``configure_optimizers`` read
-    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, and warns if the number of threads is
-    another.
+    Lightning saves none. Each process gets its own back, and that of its GPU, whichever that is now. Works in any
+    Lightning project. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run
+    with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where ``configure_optimizers`` read
+    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, and warns if the number of threads, or the
+    kind of device, is another.
     """
 
     def __init__(self) -> None:
@@ -29,11 +34,12 @@ class RandomState(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put the states of all ranks into the checkpoint; every rank must be here, as in any save."""
-        states = [generator_states()]
+        own = generator_states(trainer.strategy.root_device)
+        states = [own]
         # world_size stays after a training in processes that were spawned, and the processes do not
         if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(states, generator_states())
+            torch.distributed.all_gather_object(states, own)
         checkpoint["random_state"] = states
 
     def on_load_checkpoint(
@@ -47,13 +53,18 @@ class RandomState(pl.Callback):
         self._loader_states = loops["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore this rank's states after a resume."""
+        """Restore this rank's states after a resume.
+
+        Raises:
+            UserError: If the training loader is not shared out over the processes.
+        """
+        check_shared_out(trainer, trainer.train_dataloader)
         self._load_loaders(trainer)
         if self._loaded is None:
             return
         if len(self._loaded) == trainer.world_size:
             state = self._loaded[trainer.global_rank]
-            set_generator_states(state)
+            set_generator_states(state, trainer.strategy.root_device)
             if state.get("threads") not in (None, torch.get_num_threads()):
                 rank_zero_warn(
                     f"the run had {state['threads']} threads, here are {torch.get_num_threads()}: sums may round "
@@ -82,8 +93,12 @@ def _is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def generator_states() -> dict[str, Any]:
-    """Return the states of this process's generators, as tensors and primitives, and its number of threads."""
+def generator_states(device: torch.device = CPU) -> dict[str, Any]:
+    """Return the states of this process's generators, as tensors and primitives, and its number of threads.
+
+    Args:
+        device: The device that it trains on.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -95,18 +110,42 @@ def generator_states() -> dict[str, Any]:
             float(gauss),
         ),
         "torch": torch.get_rng_state(),
-        # not merely available: it would be initialised, which a forked process cannot
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "device": (device.type, _device_state(device)),
         "threads": torch.get_num_threads(),
     }
 
 
-def set_generator_states(states: dict[str, Any]) -> None:
-    """Set what :func:`generator_states` returned."""
+def set_generator_states(states: dict[str, Any], device: torch.device = CPU) -> None:
+    """Set what :func:`generator_states` returned.
+
+    Args:
+        states: What it returned.
+        device: The device that this process trains on.
+    """
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, words, *rest = states["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if "device" not in states:  # a file of an earlier version: all GPUs that the process saw
+        if len(states["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+        elif device.type == "cuda":
+            rank_zero_warn(
+                f"the run saw {len(states['cuda'])} GPUs, here are {torch.cuda.device_count()}: this one draws other "
+                "random numbers"
+            )
+        return
+    kind, state = states["device"]
+    if kind != device.type:
+        rank_zero_warn(f"the run was on {kind}, here it is on {device.type}, which draws other random numbers")
+    elif state is not None:
+        getattr(torch, kind).set_rng_state(state.cpu(), device)
+
+
+def _device_state(device: torch.device) -> Tensor | None:
+    # not where CUDA is merely available: it would be initialised, and processes could not be forked any more
+    if device.type == "mps" or (device.type == "cuda" and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+        state: Tensor = getattr(torch, device.type).get_rng_state(device)
+        return state
+    return None

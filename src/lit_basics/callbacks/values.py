@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lit_basics.callbacks.gradients import scale_left
 from lit_basics.callbacks.names import trained_parameters
 from lit_basics.errors import UserError
 from lit_basics.recording import FlushesRows, recorder_of
@@ -45,6 +46,9 @@ class ValueMonitor(FlushesRows):
         grads = [(f"grad/{name}", p.grad) for name, p in parameters if p.grad is not None]
         step = trainer.global_step + 1
         if grads and not recorder_of(trainer).has(step, _keys(*grads[0])[0]):
+            scale = scale_left(trainer, optimizer)
+            if scale is not None:
+                grads = [(name, grad / scale) for name, grad in grads]
             _record(trainer, step, grads)
 
     def on_train_batch_end(

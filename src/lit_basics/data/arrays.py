@@ -1,6 +1,7 @@
 """Arrays that stay in memory, on the accelerator where they fit: the loader and the DataModule of images."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,9 @@ from lit_basics.errors import UserError
 Transform = nn.Module | Callable[[Tensor], Any]
 """Makes images of images; not ``Tensor``, of which jsonargparse would want a class to be a subclass."""
 Flip = bool | Literal["alternating"]
+
+
+_readers: weakref.WeakKeyDictionary[EpochOrder, int] = weakref.WeakKeyDictionary()  # the loader that iterates each
 
 
 class ImageArrays(NamedTuple):
@@ -32,6 +36,8 @@ class ImageArrays(NamedTuple):
 
 class ArrayLoader:
     """Batches gathered from tensors, in the order of an :class:`EpochOrder`; resumes at any batch.
+
+    ``Trainer(overfit_batches=...)`` leaves the order as it is: give it one with ``shuffle=False``.
 
     Args:
         inputs: Tensor (N, …).
@@ -68,7 +74,7 @@ class ArrayLoader:
     ) -> None:
         self.inputs, self.targets, self.sampler = inputs, targets, order
         self._with_indices = with_indices
-        self._indices = indices
+        self._indices = None if indices is None else indices.to(inputs.device)
         self._normalize, self._transform = normalize, transform
         self._crop, self._flip, self._cutout = crop, flip, cutout
         if flip == "alternating":
@@ -80,11 +86,25 @@ class ArrayLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield (inputs, targets), gathered, augmented and normalised, or (inputs, targets, indices)."""
+        """Yield (inputs, targets), gathered, augmented and normalised, or (inputs, targets, indices).
+
+        Raises:
+            UserError: If another loader is iterating over the same order, which would move on to the epoch after.
+        """
+        if self.sampler.moves_on and _readers.get(self.sampler, id(self)) != id(self):
+            raise UserError("two ArrayLoaders side by side have one EpochOrder: give each an order of its own")
+        _readers[self.sampler] = id(self)
+        try:
+            yield from self._batches()
+        finally:
+            if _readers.get(self.sampler) == id(self):
+                del _readers[self.sampler]
+
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
         for batch, index in self.sampler:
+            index = sent([index], self.inputs.device)[0]
             if self._indices is not None:
                 index = self._indices[index]
-            index = index.to(self.inputs.device)
             x = self.inputs.index_select(0, index)  # row by row; indexing copies byte by byte on the CPU
             if self._transform is not None:
                 x = self._transform(x)
@@ -99,25 +119,27 @@ class ArrayLoader:
             return x if self._normalize is None else self._normalize(x)
         order = self.sampler
         # one stream a batch, drawn for all ranks and cut: the same images at any world size and any resume
-        draws = generator(order.seed, order.epoch, batch)
+        draws = generator(order.seed, order.epoch, batch, 2)
         share = slice(order.rank * len(x), (order.rank + 1) * len(x))
         total = len(x) * order.world_size
 
         def draw(low: int, high: int) -> Tensor:
-            return torch.randint(low, high + 1, (total,), generator=draws)[share].to(x.device)
+            return torch.randint(low, high + 1, (total,), generator=draws)[share]
 
+        alternates = self._flip == "alternating"
+        bounds = [(0, 1)] if self._flip and not alternates else []
+        bounds += [(-crop, crop)] * 2 if crop or self._flip else []
+        bounds += [(0, side - cutout) for side in x.shape[2:]] if cutout else []
+        drawn = sent([draw(low, high) for low, high in bounds], x.device)
         if crop or self._flip:
-            if self._flip == "alternating":
+            if alternates:
                 flip = self._first_flip[index] != order.epoch % 2
             else:
-                flip = draw(0, 1).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            x = shift_and_flip(x, draw(-crop, crop), draw(-crop, crop), flip)
+                flip = drawn.pop(0).bool() if self._flip else torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            x = shift_and_flip(x, drawn.pop(0), drawn.pop(0), flip)
         if self._normalize is not None:
             x = self._normalize(x)
-        if cutout:
-            height, width = x.shape[2:]
-            x = cut_out(x, draw(0, height - cutout), draw(0, width - cutout), cutout)
-        return x
+        return cut_out(x, drawn[0], drawn[1], cutout) if cutout else x
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the order."""
@@ -188,7 +210,7 @@ class ArrayDataModule(pl.LightningDataModule):
         self._arrays: ImageArrays | None = None
 
     def load(self) -> ImageArrays:
-        """Return the images and labels, on the CPU; called once in each process, after ``prepare_data``."""
+        """Return uint8 images and labels, on the CPU; called once in each process, after ``prepare_data``."""
         raise NotImplementedError
 
     @property
@@ -210,6 +232,7 @@ class ArrayDataModule(pl.LightningDataModule):
     def _split(self) -> tuple[ImageArrays, Tensor, Tensor]:
         """Return the arrays, and which of the training images are to train on and which to validate on."""
         arrays = self.load()
+        check_arrays(arrays, type(self).__name__)
         size = len(arrays.x_train)
         val = int(self.val_size * size) if isinstance(self.val_size, float) else self.val_size
         if val >= size:
@@ -276,6 +299,32 @@ class ArrayDataModule(pl.LightningDataModule):
             self.setup("fit")
         assert self._arrays is not None
         return self._arrays
+
+
+def check_arrays(arrays: ImageArrays, name: str) -> None:
+    """Refuse what a DataModule's ``load`` must not return.
+
+    Args:
+        arrays: What it has returned.
+        name: The DataModule's class.
+
+    Raises:
+        UserError: If images are not uint8 (N, C, H, W), or there are not as many labels.
+    """
+    for split, x, y in (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test)):
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(f"{name}.load returns x_{split} as {what}; it must be a uint8 tensor (N, C, H, W)")
+        if len(y) != len(x):
+            raise UserError(f"{name}.load returns {len(x)} images in x_{split}, but {len(y)} labels in y_{split}")
+
+
+def sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return the CPU's tensors of one shape on a device: on a GPU by one copy, which waits for no earlier work."""
+    if device.type == "cpu":
+        return tensors
+    whole = torch.stack(tensors)
+    return list(whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device))
 
 
 def no_batches() -> list[Any]:

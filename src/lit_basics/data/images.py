@@ -39,15 +39,19 @@ class Normalize:
             raise UserError(f"std is {list(std)}; it must be positive")
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = {}  # a forked process cannot have a GPU's
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return float32 images of the shape of ``images`` (N, C, H, W)."""
-        if self.mean.device != images.device:
-            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        mean, std = self.mean, self.std
+        if images.device != mean.device:
+            if images.device not in self._elsewhere:
+                self._elsewhere[images.device] = mean.to(images.device), std.to(images.device)
+            mean, std = self._elsewhere[images.device]
         made = torch.empty_like(images, dtype=torch.float32)
         count = IN_CACHE if images.device.type == "cpu" else max(1, len(images))
         for some, out in zip(torch.split(images, count), torch.split(made, count), strict=True):
-            out.copy_(some).div_(255).sub_(self.mean).div_(self.std)
+            out.copy_(some).div_(255).sub_(mean).div_(std)
         return made
 
 

@@ -5,13 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lit_basics.errors import UserError
 
 
 def generator(seed: int, *keys: int) -> torch.Generator:
-    """Return a CPU generator whose stream depends on all of ``seed`` and ``keys``."""
+    """Return a CPU generator whose stream depends on all of ``seed`` and ``keys``, but for zeros at their end.
+
+    The keys in use: (epoch) for its order, (0, 1) for the split, (0, 0, 1) for the first flips, (epoch, batch, 2) for
+    the other augmentation of a batch.
+    """
     state = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
@@ -96,9 +101,14 @@ class EpochOrder:
         self.epoch, self._start, self._position = epoch, start, start
         self._begun = self._exhausted = False
 
+    @property
+    def moves_on(self) -> bool:
+        """Whether the next iteration is of the epoch after."""
+        return self._begun and (not self._named or self._position == len(self))
+
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch, this rank's sample indices, int64)."""
-        if self._begun and (not self._named or self._position == len(self)):
+        if self.moves_on:
             # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
             self._begin(self.epoch + 1, 0)
         self._begun = True
@@ -167,6 +177,29 @@ def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
             raise UserError(
                 f"the checkpoint's data had {name} {other}, here it is {value}: cannot resume; by command, "
                 "--resume_reset keeps the weights and the optimizer and begins the data anew"
+            )
+
+
+def check_shared_out(trainer: Any, loaders: Any) -> None:
+    """Refuse loaders whose order was made for another number of processes than the Trainer has.
+
+    Args:
+        trainer: A Trainer that is running.
+        loaders: A loader, or a collection of some.
+
+    Raises:
+        UserError: If there is one, unless ``use_distributed_sampler=False`` says that it is shared out in another way.
+    """
+    # Lightning's private name of that argument; the kwargs are None on one device
+    if not trainer._accelerator_connector.use_distributed_sampler:
+        return
+    processes = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    for loader in CombinedLoader(loaders).flattened:
+        order = getattr(loader, "sampler", None)
+        if isinstance(order, EpochOrder) and order.world_size != processes:
+            raise UserError(
+                f"the loader's EpochOrder is of world_size {order.world_size}, but the Trainer has {processes} "
+                f"process{'es' * (processes > 1)}: give it rank and world_size, or the DataModule to the Trainer"
             )
 
 

@@ -19,7 +19,10 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
 from lit_basics.data.arrays import ArrayDataModule
@@ -75,7 +78,7 @@ def verify(
     All but *ddp* compare bit for bit.
 
     Args:
-        model: The module to train; it is not changed.
+        model: The module to train; it is not changed. One that ``torch.compile`` made is trained uncompiled.
         train_dataloaders: As for ``Trainer.fit``.
         val_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
@@ -105,6 +108,8 @@ def verify(
             raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
     if steps < 2:
         raise UserError(f"--steps is {steps}; it must be at least 2")
+    if isinstance(model, OptimizedModule):  # of torch.compile, as Trainer.fit takes it
+        model = to_uncompiled(model)
     if isinstance(train_dataloaders, pl.LightningDataModule):  # as Trainer.fit takes it
         train_dataloaders, datamodule = None, train_dataloaders
     if isinstance(datamodule, ArrayDataModule):
@@ -114,6 +119,8 @@ def verify(
             datamodule.setup("fit")  # once, in memory that all runs share
         finally:
             datamodule.trainer = trainer
+    for loaders in (train_dataloaders, val_dataloaders):  # a fork would shut down workers that are not its own
+        (loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)).reset()
     subject = Subject(model, train_dataloaders, val_dataloaders, datamodule, trainer_arguments, steps, weights_only)
     report = Report()
     with (

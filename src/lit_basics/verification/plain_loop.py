@@ -76,6 +76,7 @@ def plain_loop(
         raise NotApplicable(f"precision {precision} needs the Trainer")
     for owner in (datamodule, module):
         if owner is not None:
+            owner.trainer = None  # of an earlier fit, on a GPU perhaps
             owner.prepare_data()
             owner.setup("fit")
     module.configure_model()
