@@ -290,10 +290,12 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     if arguments["enable_checkpointing"] is not False:
         checkpoints = str(directory / "checkpoints")
         check_own_checkpoints(config, callbacks, directory)
-        if config.config.best_checkpoint and not any(
-            isinstance(callback, BestLossCheckpoint) for callback in callbacks
-        ):
-            callbacks.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
+        best = [callback for callback in callbacks if isinstance(callback, BestLossCheckpoint)]
+        if config.config.best_checkpoint and not best:
+            best = [BestLossCheckpoint(checkpoints, str(directory / "best.pth"))]
+            callbacks += best
+        for callback in best:
+            callback.record_goes_on = config.resumed  # that of --ckpt_path is another run's
         if config.config.last_checkpoint:
             last = LastCheckpoint(checkpoints)
             callbacks += [last, Preemption(last)]

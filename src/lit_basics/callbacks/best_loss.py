@@ -24,8 +24,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     torch. The loss is a mean over the validation set, or, without validation, over the epoch's training
     steps; never that of one batch. A loss that is NaN or infinite is never the best. What is kept is a copy,
     taken when the loss falls: it cannot change with the live weights. ``best.pth`` is written at most every ten
-    seconds, before any other checkpoint and at the end. The record goes on when a run is resumed, also where it was
-    moved with its ``best.ckpt``; a run that begins in another directory with a checkpoint has a record of its own.
+    seconds, before any other checkpoint and at the end. The record goes on when a run is resumed, in another
+    directory as well.
 
     Args:
         dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
@@ -57,7 +57,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._saving = False
         self.record_of: str | None = None
         """Which monitor the best score is of."""
-        self._of_other = False  # the record is that of a run in another directory
+        self.record_goes_on = True
+        """Whether a run that begins with a checkpoint takes over its record; a new run by command does not."""
         self._missed = False  # a validation came without val/loss
         self._off = False
 
@@ -77,10 +78,6 @@ class BestLossCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if not trainer.global_step:  # another fit, whose step of this number is not the one that was saved
             self._last_global_step_saved = 0
-        if trainer.strategy.broadcast(self._of_other):  # not all ranks may see the file
-            self._forget_record()
-            self.best_model_path = self.kth_best_model_path = ""
-        self._of_other = False
         if self._chosen_monitor is None:
             # without a sanity check the batches may not have been counted yet
             validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
@@ -189,7 +186,7 @@ class BestLossCheckpoint(ModelCheckpoint):
     def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:
         """Let a record of another metric be forgotten, and the weights of a new one be kept."""
         if self.monitor in trainer.callback_metrics and self.record_of not in (None, self.monitor):
-            self._forget_record()
+            self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
         before, held, self._saving = self.best_model_score, self._held, True
         try:
             yield
@@ -203,9 +200,6 @@ class BestLossCheckpoint(ModelCheckpoint):
             if time.monotonic() - self._written_at >= MIN_SECONDS:
                 self._write_weights()
 
-    def _forget_record(self) -> None:
-        self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
-
     def _write_weights(self) -> None:
         if self._held is None:
             return
@@ -214,15 +208,15 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._held, self._written_at = None, time.monotonic()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the record, also of a run that was moved; Lightning forgets it when the directory changes."""
+        """Take over the record; Lightning forgets it when the directory changes."""
+        self.record_of = state_dict["monitor"] if state_dict["best_model_score"] is not None else None
+        if not self.record_goes_on:
+            return
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
         here = Path(self.dirpath or "") / Path(self.best_model_path).name
         if self.dirpath and self.best_model_path and here.is_file():  # the run was moved, or copied
             self.best_k_models = {str(here): score for score in self.best_k_models.values()}
             self.best_model_path = self.kth_best_model_path = str(here)
-        elif self.best_model_path:
-            self._of_other = state_dict.get("dirpath") != self.dirpath
-        self.record_of = state_dict["monitor"] if self.best_model_score is not None else None
 
 
 def _listed(keys: Iterable[str]) -> str:

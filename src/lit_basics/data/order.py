@@ -118,7 +118,7 @@ class EpochOrder:
         try:
             for batch in range(self._start, len(self._stops)):
                 start, own[1] = self._stops[batch - 1] if batch else 0, batch + 1
-                self.epoch, self._position = own  # there may be another iteration beside this one
+                (self.epoch, self._position), self._exhausted = own, False  # there may be another beside this one
                 if self._named and (not self._running or self._running[-1] is not own):
                     self._running = (*self._others(own), own)
                 yield batch, self._share(order, start, self._stops[batch])
