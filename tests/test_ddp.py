@@ -157,24 +157,33 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 
 
 NOT_SHARED_OUT = """
+import sys
 import lightning.pytorch as pl
-from lit_basics import LitLeNet5, SyntheticCIFAR10
+from lit_basics import ArrayLoader, EpochOrder, LitLeNet5, SyntheticCIFAR10
 
 data = SyntheticCIFAR10(60, 10, batch_size=10, val_size=10)
 data.setup("fit")
+loader = data.train_dataloader()
+if sys.argv[1] == "rank":
+    loader = ArrayLoader(loader.inputs, loader.targets, EpochOrder(60, 10, shuffle=True, world_size=2))
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
                      max_epochs=1, enable_progress_bar=False, num_sanity_val_steps=0)
-trainer.fit(LitLeNet5(), data.train_dataloader(), data.val_dataloader())
+trainer.fit(LitLeNet5(), loader)
 """
 
 
-def test_loaders_that_are_not_shared_out_are_refused(tmp_path):
-    """Without ``check_shared_out`` each rank trains on all samples."""
+@pytest.mark.parametrize("missing", ["rank", "both"])
+def test_loaders_that_are_not_shared_out_are_refused(missing, tmp_path):
+    """Without ``check_shared_out`` each rank trains on all samples, or both on those of rank 0."""
     script = tmp_path / "script.py"
     script.write_text(NOT_SHARED_OUT)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=ONE_THREAD, timeout=100)
-    said = "the loader's EpochOrder is of world_size 1, but the Trainer has 2 processes: give it rank and world_size"
-    assert f"UserError: {said}" in done.stderr
+    command = [sys.executable, str(script), missing]
+    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=100)
+    size = 2 if missing == "rank" else 1
+    for rank in (0, 1):
+        assert (
+            f"UserError: the loader's EpochOrder is of rank 0 and world_size {size} on rank {rank} of 2" in done.stderr
+        )
     assert done.returncode == 1
 
 

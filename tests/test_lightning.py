@@ -76,7 +76,7 @@ def test_an_order_of_another_world_size_than_the_trainers_is_refused(stage, own)
     val = [ArrayLoader(x, y, EpochOrder(20, 10, shuffle=False))] if stage == "fit" and own else []
     module = LitClassifier(small_net()) if own else Foreign()
     settings = {"max_epochs": 1, "callbacks": [] if own else [RandomState()]}
-    with pytest.raises(UserError, match="EpochOrder is of world_size 2, but the Trainer has 1 process: give it"):
+    with pytest.raises(UserError, match="EpochOrder is of rank 0 and world_size 2 on rank 0 of 1"):
         getattr(trainer(**settings), stage)(module, loader, *val)
     getattr(trainer(**settings, use_distributed_sampler=False), stage)(module, loader, *val)
 

@@ -432,6 +432,19 @@ def test_a_new_run_from_a_checkpoint_has_the_learning_rate_that_was_typed(tmp_pa
     assert main(["fit", *SMALL, *words, "--run_dir", "other", "--model.optimizer", "Adam"]) == 2
     assert "has torch.optim.SGD, whose state the new run would be given" in capsys.readouterr().err
     assert not Path("other").exists()
+    fit(
+        *SMALL,
+        "--trainer.max_epochs",
+        "1",
+        "--model.lr_scheduler",
+        "StepLR",
+        "--model.lr_scheduler.step_size",
+        "1",
+        run_dir="fell",
+    )
+    words[1] = "fell/checkpoints/last.ckpt"
+    assert main(["fit", *SMALL, *words, "--run_dir", "other"]) == 2
+    assert "model.lr_scheduler.class_path is None, but" in capsys.readouterr().err
 
 
 OWN = """
@@ -462,16 +475,17 @@ class Own(LightningModule):
 """
 
 
+@pytest.mark.parametrize("monitor", [[], ["--trainer.callbacks+=GradientMonitor"]])
 @pytest.mark.parametrize("steps", ["batch_idx % 4 == 3", "True"])
-def test_the_rows_of_a_foreign_module_in_manual_optimization(steps, tmp_path, monkeypatch):
+def test_the_rows_of_a_foreign_module_in_manual_optimization(steps, monitor, tmp_path, monkeypatch):
     """Cut back to ``global_step``, rows are lost where not each batch makes a step, and kept where it makes two."""
     (tmp_path / "own_manual.py").write_text(OWN.replace("STEPS", steps))
     monkeypatch.syspath_prepend(tmp_path)
     words = ["--model", "own_manual.Own", "--data", "SyntheticCIFAR10", "--data.train_images", "500"]
     words += ["--trainer.log_every_n_steps", "1", "--best_checkpoint", "false", "--allow_import", "own_manual"]
     try:
-        whole = fit(*words, "--trainer.max_epochs", "4", run_dir="whole")
-        run = fit(*words, "--trainer.max_epochs", "2")
+        whole = fit(*words, *monitor, "--trainer.max_epochs", "4", run_dir="whole")
+        run = fit(*words, *monitor, "--trainer.max_epochs", "2")
         half = (run / "metrics.csv").read_text()
         shutil.copytree(run / "checkpoints", "checkpoints")
         again = ["fit", *words[-2:], "--resume", "run", "--trainer.max_epochs"]
@@ -490,16 +504,25 @@ def test_a_checkpoint_of_the_runs_own_name_is_refused(tmp_path, capsys):
     for name in ("best", "last"):
         callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename", name]
         assert main(["fit", *SMALL, "--run_dir", "run", *callback]) == 2
-        assert f"filename {name}: the run keeps a checkpoint of its own under this name" in capsys.readouterr().err
+        assert (
+            f"ModelCheckpoint writes {name}.ckpt: the run keeps a checkpoint of its own under this name"
+            in capsys.readouterr().err
+        )
         assert not Path("run").exists()
 
 
 def test_a_best_loss_checkpoint_of_ones_own_takes_the_place_of_the_runs(tmp_path):
     """Beside it the run's own writes the same files, by another loss."""
     callback = ["--trainer.callbacks+=BestLossCheckpoint", "--trainer.callbacks.monitor", "train/loss"]
+    callback += [
+        "--trainer.logger+=CSVLogger",
+        "--trainer.logger.save_dir",
+        ".",
+    ]  # whose folder would be Lightning's choice
     run = fit(*SMALL, "--trainer.max_epochs", "2", *callback)
     states = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
     assert [key for key in states if "BestLossCheckpoint" in key] == ["BestLossCheckpoint{'monitor': 'train/loss'}"]
+    assert (run / "best.pth").is_file()
 
 
 def test_a_config_in_the_runs_directory_is_not_written_over(tmp_path, capsys):
@@ -538,12 +561,13 @@ def test_the_patience_of_a_resumed_run_is_the_new_one(tmp_path):
     assert newest(Path("run"))["global_step"] == 32
 
 
-def test_text_that_looks_like_a_number_stays_text(tmp_path, capsys):
+@pytest.mark.parametrize("text", ["1e-4", "1.5e4"])
+def test_text_that_looks_like_a_number_stays_text(text, tmp_path, capsys):
     """Without the quotes the run's configuration has 0.0001, which no text may be."""
     words = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", ".", "--trainer.max_epochs", "1"]
-    words += ["--trainer.logger.name", "1e-4"]
+    words += ["--trainer.logger.name", text]
     run = fit("--config", "linear", *words)
-    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == "1e-4"
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == text
     assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 0
 
 
@@ -591,7 +615,7 @@ def test_a_new_learning_rate_that_a_scheduler_would_undo_is_refused(scheduler, t
         assert main([*resume, "--model.optimizer.lr", "0.01"]) == 2
         message = capsys.readouterr().err
         assert f"{scheduler.partition('(')[0]} keeps learning rates of its own" in message
-        assert "so lr cannot be 0.01 on a resume: resume without it, or start a new run with it" in message
+        assert "so lr cannot be 0.01 with the checkpoint's state: leave it out, or start afresh with it" in message
         assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
         assert main(resume) == 0
     finally:

@@ -12,7 +12,16 @@ from helpers import Weights, assert_equal
 from torch import nn
 from torch.nn import functional as F
 
-from lit_basics import LitSpeedNet, ProcessSettings, RandomState, SpeedNet, SpeedOptimizer, SyntheticCIFAR10, verify
+from lit_basics import (
+    LitClassifier,
+    LitSpeedNet,
+    ProcessSettings,
+    RandomState,
+    SpeedNet,
+    SpeedOptimizer,
+    SyntheticCIFAR10,
+    verify,
+)
 from lit_basics.callbacks import process_settings
 from lit_basics.errors import UserError
 from lit_basics.nets import patch_covariance
@@ -248,6 +257,25 @@ def test_no_gradient_of_the_whitening_when_its_rate_is_zero():
     assert seen == [(epoch, epoch < 3) for epoch in range(EPOCHS) for _ in range(3)]
     assert not torch.equal(biases[8], biases[9])
     assert torch.equal(biases[9], biases[11])
+
+
+def test_states_with_and_without_losses():
+    """Without the hook a checkpoint loads only where ``hardest`` is what it was."""
+    plain, choosy = LitSpeedNet(widths=WIDTHS), LitSpeedNet(widths=WIDTHS, hardest=[0.5])
+    choosy.losses.fill_(2.0)
+    choosy.load_state_dict(plain.state_dict())
+    assert torch.equal(choosy.net.head.weight, plain.net.head.weight)
+    assert torch.equal(choosy.losses, torch.full_like(choosy.losses, 2.0))
+    plain.load_state_dict(choosy.state_dict())
+    again = LitSpeedNet(widths=WIDTHS, hardest=[0.5])
+    again.load_state_dict(choosy.state_dict())
+    assert torch.equal(again.losses, choosy.losses)
+
+
+def test_batches_with_indices_are_batches_for_other_modules_too():
+    data = images(with_indices=True)
+    trainer = fit(LitClassifier(nn.Sequential(nn.Flatten(), nn.LazyLinear(10))), data, max_epochs=1)
+    trainer.validate(trainer.model, data.train_dataloader(), verbose=False)
 
 
 def test_bad_arguments():

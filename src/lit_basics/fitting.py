@@ -37,6 +37,7 @@ from lit_basics.files import replace_file
 from lit_basics.loggers import MetricsCSV
 from lit_basics.modules import LitSupervised
 from lit_basics.recipes import recipe_names
+from lit_basics.recording import FlushesRows
 from lit_basics.resuming import (
     CONFIG,
     OPTIMIZER,
@@ -47,7 +48,7 @@ from lit_basics.resuming import (
     check_changes,
     find_run,
     flat,
-    trained_config,
+    trained_optimizer,
 )
 from lit_basics.run_directory import (
     PATIENCE,
@@ -120,8 +121,9 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
             reason = f"{type(error).__name__}: {first_line(error)[:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
-        # a module that steps its optimizer past Lightning has no global_step
-        begun = trainer is not None and (trainer.global_step > 0 or trainer.fit_loop.total_batch_idx > 0)
+        # a module that steps its optimizer past Lightning has no global_step; that of a --ckpt_path is not this run's
+        begun = trainer is not None and has_trained(trainer)
+        begun = begun and (trainer.global_step > 0 or trainer.fit_loop.total_batch_idx > 0)  # type: ignore[union-attr]
         if not config.resumed and not begun:
             remove_traces(made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
@@ -193,8 +195,8 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         config.drop_repeated(saved)
         now = config.to_dict()
         written = written_keys(without_configs(args), config.config)
-        # the checkpoint may be older than what was typed since, or than an edit of config.yaml
-        trained = trained_config(checkpoint) or saved
+        # which may be older than what was typed since, or than an edit of config.yaml
+        trained = {**flat(saved), **trained_optimizer(checkpoint)}
         config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
         tell_of_unread(typed, flat(now), directory, chosen=option(args, "--resume") != "auto" or own_directory)
         if config.config.ckpt_path is not None:
@@ -289,11 +291,14 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     callbacks = with_guard(config, arguments["callbacks"])
     if arguments["enable_checkpointing"] is not False:
         checkpoints = str(directory / "checkpoints")
-        check_own_checkpoints(config, callbacks, directory)
+        if len(loggers) <= config.config.metrics_csv:  # else ModelCheckpoint writes into the first logger's folder
+            check_own_checkpoints(config, callbacks, directory)
         best = [callback for callback in callbacks if isinstance(callback, BestLossCheckpoint)]
-        if config.config.best_checkpoint and not best:
-            best = [BestLossCheckpoint(checkpoints, str(directory / "best.pth"))]
-            callbacks += best
+        for callback in best:
+            callback.default_to(checkpoints, str(directory / "best.pth"))
+        if config.config.best_checkpoint and all(callback.dirpath != checkpoints for callback in best):
+            best.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
+            callbacks.append(best[-1])
         for callback in best:
             callback.record_goes_on = config.resumed  # that of --ckpt_path is another run's
         if config.config.last_checkpoint:
@@ -324,10 +329,11 @@ def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], director
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestLossCheckpoint):
             folder = Path(callback.dirpath or directory / "checkpoints").resolve()
-            if callback.filename in kept and folder == (directory / "checkpoints").resolve():
+            own = callback.filename in kept or (callback.save_last and callback.save_weights_only and "last" in kept)
+            if own and folder == (directory / "checkpoints").resolve():
                 raise UserError(
-                    f"a {type(callback).__name__} of filename {callback.filename}: the run keeps a checkpoint of its "
-                    "own under this name; name it otherwise"
+                    f"a {type(callback).__name__} writes {callback.filename if callback.filename in kept else 'last'}"
+                    ".ckpt: the run keeps a checkpoint of its own under this name; name it otherwise"
                 )
 
 
@@ -394,4 +400,9 @@ class _RunFiles(pl.Callback):
 
 def last_row(trainer: pl.Trainer) -> int:
     """Return the step of a resumed run's newest row."""
-    return trainer.global_step if isinstance(trainer.lightning_module, LitSupervised) else Counters(trainer).rows
+    module, rows = trainer.lightning_module, Counters(trainer).rows
+    if isinstance(module, LitSupervised) or module.automatic_optimization:
+        return trainer.global_step
+    # ours count steps
+    monitors = any(isinstance(callback, FlushesRows) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return max(rows, trainer.global_step) if monitors else rows

@@ -144,7 +144,7 @@ class LitSupervised(pl.LightningModule):
             batch: The pair (inputs, targets).
             batch_idx: Index of the batch in its epoch.
         """
-        x, y = batch
+        x, y, *_ = batch
         loss: Tensor = self.criterion(self(x), y)
         return loss
 
@@ -257,7 +257,7 @@ class LitSupervised(pl.LightningModule):
         return predictions
 
     def _evaluate(self, batch: Any, metrics: nn.ModuleDict, predict: Callable[[Tensor], Tensor] | None = None) -> None:
-        x, y = batch
+        x, y, *_ = batch
         predictions = (predict or self)(x)
         for metric in metrics.values():
             if isinstance(metric, MeanLoss):

@@ -143,8 +143,13 @@ def check_changes(
 
 
 def trained_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the configuration that a checkpoint was trained by; empty if it does not say."""
-    return dict(yaml.safe_load(load_checked(checkpoint).get(CONFIG) or "{}"))
+    """Return the configuration that a checkpoint was trained by, by dotted keys; empty if it does not say."""
+    return flat(yaml.safe_load(load_checked(checkpoint).get(CONFIG) or "{}"))
+
+
+def trained_optimizer(checkpoint: Path) -> dict[str, Any]:
+    """Return the optimizer that a checkpoint was trained by, with its arguments, by dotted keys."""
+    return {key: value for key, value in trained_config(checkpoint).items() if key.startswith(OPTIMIZER_CLASS)}
 
 
 def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]:
@@ -157,18 +162,16 @@ def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]
     Raises:
         UserError: If the optimizer or the scheduler is another: Lightning gives it the checkpoint's state.
     """
-    before, arguments = flat(trained_config(checkpoint)), {}
-    for key, value in flat(typed).items():
-        if not key.startswith((OPTIMIZER_CLASS, SCHEDULER_CLASS)) or before.get(key, value) == value:
+    before, after, arguments = trained_config(checkpoint), flat(typed), {}
+    for key, old in before.items():
+        if not key.startswith((OPTIMIZER_CLASS, SCHEDULER_CLASS)) or after.get(key) == old:
             continue
-        short = key.replace(".init_args", "")
+        short, new = key.replace(".init_args", ""), after.get(key)
         if not key.startswith(OPTIMIZER) or "." in key.removeprefix(OPTIMIZER):
-            raise UserError(
-                f"--{short} {value}: {checkpoint} has {before[key]}, whose state the new run would be given; leave one "
-                "out"
-            )
-        arguments[key.removeprefix(OPTIMIZER)] = value
-        rank_zero_only(print)(f"{short} is {value} ({checkpoint} has {before[key]})")
+            raise UserError(f"{short} is {new}, but {checkpoint} has {old}, whose state the new run would be given")
+        if key in after:
+            arguments[key.removeprefix(OPTIMIZER)] = new
+            rank_zero_only(print)(f"{short} is {new} ({checkpoint} has {old})")
     return arguments
 
 
@@ -317,7 +320,7 @@ def check_arguments(trainer: pl.Trainer, arguments: dict[str, Any]) -> None:
             if isinstance(scheduler, OWN_RATES):
                 raise UserError(
                     f"{type(scheduler).__name__} keeps learning rates of its own, so lr cannot be {arguments['lr']} "
-                    "on a resume: resume without it, or start a new run with it"
+                    "with the checkpoint's state: leave it out, or start afresh with it"
                 )
     for name, wanted in arguments.items():
         for optimizer in trainer.optimizers:
@@ -326,6 +329,6 @@ def check_arguments(trainer: pl.Trainer, arguments: dict[str, Any]) -> None:
             values = [group.get(key, group.get(name)) for group in groups]
             if name not in groups[0] or any(value != values[0] for value in values):
                 raise UserError(
-                    f"{type(optimizer).__name__} has no one {name} for all parameters, so it cannot be {wanted} on a "
-                    "resume: resume without it, or start a new run with it"
+                    f"{type(optimizer).__name__} has no one {name} for all parameters, so it cannot be {wanted} "
+                    "with the checkpoint's state: leave it out, or start afresh with it"
                 )

@@ -149,6 +149,7 @@ class LitSpeedNet(LitWhitened):
         self.resolutions, self.hardest = list(resolutions), list(hardest)
         if hardest:
             self.register_buffer("losses", torch.full((SLOTS,), 1e4))  # what was never trained on comes first
+        self.register_load_state_dict_pre_hook(with_or_without_losses)  # type: ignore[no-untyped-call]
         self._froze = False
 
     def trained_parameters(self) -> list[dict[str, Any]]:
@@ -195,7 +196,10 @@ class LitSpeedNet(LitWhitened):
         index = None
         if self.hardest:
             if len(batch) < 3:
-                raise UserError("hardest needs batches of (images, labels, indices): --data.with_indices true")
+                raise UserError(
+                    "hardest needs batches of (images, labels, indices): --data.with_indices true; or --model.hardest "
+                    "'[]' trains on all"
+                )
             index, share = batch[2] % SLOTS, self.of_epoch(self.hardest)
             if share < 1:
                 chosen = self.losses[index].topk(max(1, int(share * len(x)))).indices.sort().values
@@ -232,3 +236,11 @@ def of_all_ranks(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def with_or_without_losses(module: LitSpeedNet, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a state be loaded that was saved with another ``hardest``."""
+    if module.hardest:
+        state_dict.setdefault(f"{prefix}losses", module.losses)
+    else:
+        state_dict.pop(f"{prefix}losses", None)

@@ -113,7 +113,7 @@ class LitSpeedNet96(LitWhitened):
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the images that the proxy finds hardest, with the gradient of the proxy's own."""
-        x, y = batch
+        x, y, *_ = batch
         self.whiten_once(x, self.net, self.proxy)
         learns = self.global_step % PROXY_EVERY == 0
         with torch.set_grad_enabled(learns):

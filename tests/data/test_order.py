@@ -150,13 +150,32 @@ def test_a_look_before_a_resumed_epoch_moves_nothing():
         next(training)
     resumed = EpochOrder(50, 7, shuffle=True)
     resumed.load_state_dict(order.state_dict())
+    assert len(list(resumed)) == 5  # as in a module's on_train_start
+    resumed.load_state_dict(order.state_dict())
     for _ in range(2):
-        next(iter(resumed))  # as in a module's on_train_start
+        next(iter(resumed))
     resumed.set_epoch(2)
     next(iter(resumed))  # as in on_train_epoch_start
-    assert [index.tolist() for _, index in resumed] == whole[3:]
+    training = iter(resumed)
+    rest = [next(training)[1].tolist()]
+    assert [index.tolist() for _, index in resumed] == whole, "a pass within the epoch is of the whole"
+    assert rest + [index.tolist() for _, index in training] == whole[3:]
     resumed.set_epoch(2)  # another fit
     assert [index.tolist() for _, index in resumed] == whole
+
+
+def test_a_whole_pass_before_a_resumed_epoch_does_not_use_the_state_up():
+    order = EpochOrder(50, 7, shuffle=True)
+    order.set_epoch(2)
+    whole = [index.tolist() for _, index in order]
+    order.set_epoch(2)
+    training = iter(order)
+    next(training)
+    resumed = EpochOrder(50, 7, shuffle=True)
+    resumed.load_state_dict(order.state_dict())
+    assert len(list(resumed)) == 7
+    resumed.set_epoch(2)
+    assert [index.tolist() for _, index in resumed] == whole[1:]
 
 
 def test_a_plain_loops_state_after_an_epoch_begins_the_next():

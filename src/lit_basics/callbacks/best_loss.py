@@ -73,6 +73,11 @@ class BestLossCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self._weights_path or local_path(self.dirpath) / "best.pth")
 
+    def default_to(self, dirpath: str, weights_path: str) -> None:
+        """Write there, if no ``dirpath`` was given."""
+        if self.dirpath is None:
+            self.dirpath, self._weights_path = dirpath, self._weights_path or weights_path
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
@@ -136,8 +141,12 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def _is_of_training(self, trainer: pl.Trainer) -> bool:
         """Return whether the training alone logs the monitor, whose value is complete at the epoch's end."""
+        if self.monitor == "train/loss":
+            return True
         training, validation = _logged(trainer)
-        return self.monitor == "train/loss" or (self.monitor in training and self.monitor not in validation)
+        validates = trainer.enable_validation and any(trainer.num_val_batches)
+        known = bool(validation) or not validates  # before the first validation nobody knows what it logs
+        return known and self.monitor in training and self.monitor not in validation
 
     def _is_logged(self, trainer: pl.Trainer) -> bool:
         """Return whether the monitor is there; of the training its mean, not what the last batch has logged."""

@@ -89,9 +89,9 @@ class ArrayLoader:
         """Yield (inputs, targets), gathered, augmented and normalised, or (inputs, targets, indices).
 
         Raises:
-            UserError: If another loader is iterating over the same order, which would move on to the epoch after.
+            UserError: If another loader is iterating over the same order, of which there is one position.
         """
-        if self.sampler.moves_on and _readers.get(self.sampler, id(self)) != id(self):
+        if _readers.get(self.sampler, id(self)) != id(self):
             raise UserError("two ArrayLoaders side by side have one EpochOrder: give each an order of its own")
         _readers[self.sampler] = id(self)
         try:

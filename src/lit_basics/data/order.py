@@ -101,29 +101,28 @@ class EpochOrder:
         self.epoch, self._start, self._position = epoch, start, start
         self._begun = self._exhausted = False
 
-    @property
-    def moves_on(self) -> bool:
-        """Whether the next iteration is of the epoch after."""
-        return self._begun and (not self._named or self._position == len(self))
-
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch, this rank's sample indices, int64)."""
-        if self.moves_on:
+        moves_on = self._begun and (not self._named or (self._position == len(self) and not self._running))
+        if moves_on:
             # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
             self._begin(self.epoch + 1, 0)
         self._begun = True
         if self._named:
             self._loaded = None
-        order, own = self._samples(), [self.epoch, self._start]
+        first = 0 if self._running else self._start  # beside the training's, a look at the whole epoch
+        order, own = self._samples(), [self.epoch, first]
         try:
-            for batch in range(self._start, len(self._stops)):
+            for batch in range(first, len(self._stops)):
                 start, own[1] = self._stops[batch - 1] if batch else 0, batch + 1
                 (self.epoch, self._position), self._exhausted = own, False  # there may be another beside this one
                 if self._named and (not self._running or self._running[-1] is not own):
                     self._running = (*self._others(own), own)
                 yield batch, self._share(order, start, self._stops[batch])
             if not self._named:
-                self._exhausted, self._loaded = True, None
+                self._exhausted = True
+                if moves_on:  # a plain loop goes on, and not a fit that is to be resumed
+                    self._loaded = None
         finally:
             if any(other is own for other in self._running):  # a look that is over: back to where the training is
                 self._running = self._others(own)
@@ -181,7 +180,7 @@ def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
 
 
 def check_shared_out(trainer: Any, loaders: Any) -> None:
-    """Refuse loaders whose order was made for another number of processes than the Trainer has.
+    """Refuse loaders whose order was made for another process than this, or another number of them.
 
     Args:
         trainer: A Trainer that is running.
@@ -193,13 +192,18 @@ def check_shared_out(trainer: Any, loaders: Any) -> None:
     # Lightning's private name of that argument; the kwargs are None on one device
     if not trainer._accelerator_connector.use_distributed_sampler:
         return
-    processes = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    shares = trainer.distributed_sampler_kwargs or {}
+    rank, processes = shares.get("rank", 0), shares.get("num_replicas", 1)
     for loader in CombinedLoader(loaders).flattened:
         order = getattr(loader, "sampler", None)
-        if isinstance(order, EpochOrder) and order.world_size != processes:
+        if not isinstance(order, EpochOrder):
+            continue
+        wrong = (order.rank, order.world_size) != (rank, processes)
+        if trainer.strategy.reduce_boolean_decision(wrong, all=False):  # one rank alone would let the others wait
             raise UserError(
-                f"the loader's EpochOrder is of world_size {order.world_size}, but the Trainer has {processes} "
-                f"process{'es' * (processes > 1)}: give it rank and world_size, or the DataModule to the Trainer"
+                f"the loader's EpochOrder is of rank {order.rank} and world_size {order.world_size} on rank {rank} of "
+                f"{processes}, and each process needs its own: give it rank and world_size, or the DataModule to the "
+                "Trainer (use_distributed_sampler=False leaves it as it is)"
             )
 
 
