@@ -271,7 +271,10 @@ class LogsItself(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 """
 WITHOUT_VALIDATION = {
-    "speed94": ["--config", "speed94", "--model.widths", "[8,16,16]"],
+    "speed94": [
+        *("--config", "speed94", "--model.widths", "[8,16,16]"),
+        *("--model.hardest", "[1, 1, 1, 0.5]", "--data.with_indices", "true"),
+    ],
     "speed96": [
         *("--config", "speed96", "--model.widths", "[8,16,16]", "--model.proxy_widths", "[4,8,8]"),
         *("--trainer.strategy", "ddp_find_unused_parameters_true"),

@@ -25,7 +25,6 @@ from lit_basics import (
 from lit_basics.callbacks import process_settings
 from lit_basics.errors import UserError
 from lit_basics.nets import patch_covariance
-from lit_basics.optim import orthogonalized
 
 WIDTHS = (8, 16, 16)
 EPOCHS, BATCH, IMAGES = 4, 32, 96
@@ -184,15 +183,6 @@ def test_a_narrow_net_learns_at_the_learning_rates_of_the_wide_one():
     data = SyntheticCIFAR10(2000, 200, batch_size=250)
     trainer = fit(LitSpeedNet(widths=(16, 32, 32), resolutions=[]), data, max_epochs=2)
     assert trainer.callback_metrics["val/acc"] > 0.8
-
-
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
-def test_bfloat16_finds_about_the_same_orthogonal_matrix(shape):
-    """Its 8 bits, through three iterations; of float64 nothing is rounded."""
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact, rounded = (orthogonalized(matrix, bfloat16) for bfloat16 in (False, True))
-    assert 0 < (exact - rounded).abs().max() < 0.03
-    assert torch.equal(orthogonalized(matrix.double(), True), orthogonalized(matrix.double(), False))
 
 
 def test_images_flip_in_turns():

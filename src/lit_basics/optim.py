@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lit_basics.devices import has_bfloat16
 from lit_basics.errors import UserError
 
 # aliases of our own: lightning.pytorch.cli has the same, but needs jsonargparse at import
@@ -228,7 +227,7 @@ class FilterMuon(Optimizer):
                     if p.grad.is_sparse:
                         raise RuntimeError("FilterMuon does not support sparse gradients")
                     update = nesterov(self.state[p], p.grad, group["momentum"])
-                    p.add_(orthogonalized(update.flatten(1), p.is_cuda).view_as(p), alpha=-group["lr"])
+                    p.add_(orthogonalized(update.flatten(1)).view_as(p), alpha=-group["lr"])
         return loss
 
 
@@ -237,8 +236,7 @@ class SpeedOptimizer(Optimizer):
 
     A filter bank is first scaled to the norm √(its number of filters), then moved by ``filters_lr`` along the
     orthogonal matrix nearest to its momentum (Muon, https://kellerjordan.github.io/posts/muon/, as in
-    airbench94_muon), found in bfloat16 where the device has it. The learning rates of SGD are for a loss that is a
-    mean over the batch.
+    airbench94_muon). The learning rates of SGD are for a loss that is a mean over the batch.
 
     Args:
         params: Groups with a ``name``: ``filters`` by Muon, ``head``, ``biases`` and ``whitening`` by SGD.
@@ -283,7 +281,7 @@ class SpeedOptimizer(Optimizer):
                 update = nesterov(self.state[p], gradient, group["momentum"])
                 if group["name"] == "filters":
                     p.mul_(len(p) ** 0.5 / p.norm())
-                    update = orthogonalized(update.flatten(1), has_bfloat16(p.device)).view_as(p)
+                    update = orthogonalized(update.flatten(1)).view_as(p)
                 p.add_(update, alpha=-group["lr"])
         return loss
 
@@ -420,17 +418,17 @@ def nesterov(state: dict[str, Any], gradient: Tensor, momentum: float) -> Tensor
     return gradient.add(buffer, alpha=momentum)
 
 
-def orthogonalized(matrix: Tensor, bfloat16: bool) -> Tensor:
+def orthogonalized(matrix: Tensor) -> Tensor:
     """Return about the nearest orthogonal matrix: all singular values near 1, by three Newton–Schulz iterations.
 
-    The quintic's coefficients are Muon's (https://kellerjordan.github.io/posts/muon/).
+    The quintic's coefficients are Muon's (https://kellerjordan.github.io/posts/muon/). float32 is multiplied in
+    bfloat16 on a GPU.
 
     Args:
         matrix: (M, N), floating.
-        bfloat16: Whether float32 is multiplied in bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x: Tensor = matrix.bfloat16() if bfloat16 and matrix.dtype == torch.float32 else matrix
+    x: Tensor = matrix.bfloat16() if matrix.is_cuda and matrix.dtype == torch.float32 else matrix
     x = x / (x.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     if tall:

@@ -4,6 +4,7 @@ The recipe is airbench94_muon's (K. Jordan, https://github.com/KellerJordan/cifa
 the first epochs. The data's part, alternating flips and shifts of two pixels, is the DataModule's.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,7 +16,6 @@ from torch.nn.functional import cross_entropy, interpolate, pad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_basics.devices import has_bfloat16
 from lit_basics.errors import UserError
 from lit_basics.modules import LitClassifier
 from lit_basics.nets import SpeedNet, patch_covariance
@@ -30,7 +30,7 @@ WHITENING_EPOCHS = 3
 class LitWhitened(LitClassifier):
     """What the recipes share: whitening from the first batch, bfloat16, six views of an image in test.
 
-    It computes in bfloat16 where the device has instructions for it (:func:`~lit_basics.devices.has_bfloat16`), at
+    It computes in bfloat16 where the device has instructions for it (:func:`has_bfloat16`), at
     every precision of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time
     augmentation: the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
 
@@ -229,6 +229,17 @@ class LitSpeedNet(LitWhitened):
 def has_process_group() -> bool:
     """Return whether this process is one of a distributed training."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+@functools.cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16, so that it is faster than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.12
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def of_all_ranks(tensor: Tensor) -> Tensor:
