@@ -1,6 +1,6 @@
 """Seconds an epoch of each image recipe, beside a plain loop over the same tensors.
 
-Usage: python benchmarks/recipes.py [--rounds 3] [--quick]
+Usage: python benchmarks/recipes.py [--rounds 5] [--quick]
 
 On synthetic images, and counted up to the 50,000 of CIFAR-10. Both have the same weights, order and number of
 images, and must end with the same weights, bit for bit. Of the loop it is the steps that count; of the recipe also

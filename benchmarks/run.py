@@ -1,4 +1,4 @@
-"""All benchmarks but that of accuracy, one after another; the figures are left in benchmarks.json.
+"""The benchmarks that need no data set, one after another; the figures are left in benchmarks.json.
 
 Usage: python benchmarks/run.py [--rounds 3] [--quick] [--cpu_time] [--json benchmarks.json]
 """

@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/speed94.py --data cifar10.npz [--seeds 5] [--images 50000] [--epochs N] [--plain_seeds 5]
 
-The plain version is the recipe without smaller images and without settings of the allocator, written from its
-description and free of lit_basics; each of its runs is a process of its own. Both use bfloat16 where the processor has
-it. Every seed is reported. Seconds are those of training; the test set is read once a run, after it, with test-time
-augmentation.
+The plain version is the source's recipe of eight epochs, without smaller images and without settings of the allocator,
+written from its description and free of lit_basics; each of its runs is a process of its own. Both use bfloat16 where
+the processor has it. Every seed is reported. Seconds are those of training; the test set is read once a run, after it,
+with test-time augmentation.
 """
 
 import argparse

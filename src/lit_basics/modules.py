@@ -73,8 +73,8 @@ class LitSupervised(pl.LightningModule):
 
     Raises:
         UserError: If ``steps_per_execution`` is below 1, or if it is above 1, or manual optimization asked of, a
-            subclass that overrides ``training_step``, ``optimizer_step`` or ``optimizer_zero_grad``; or if one of
-            ``metrics`` is no ``Metric``.
+            subclass that overrides ``training_step``, ``optimizer_step`` or ``optimizer_zero_grad``; if one of
+            ``metrics`` is no ``Metric``; or if ``lr_interval`` or ``compile_net`` is none of its values.
     """
 
     def __init__(

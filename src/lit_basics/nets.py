@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lit_basics.errors import UserError
+
 Activation = Literal["tanh", "relu", "sigmoid", "gelu", "silu"]
 Pooling = Literal["avg", "max"]
 
@@ -22,7 +24,7 @@ _POOLINGS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2
 
 def _choose(kind: str, name: str, table: dict[str, type[nn.Module]]) -> type[nn.Module]:
     if name not in table:
-        raise ValueError(f"{kind} is {name!r}; it must be one of {', '.join(table)}")
+        raise UserError(f"{kind} is {name!r}; it must be one of {', '.join(table)}")
     return table[name]
 
 
@@ -36,6 +38,9 @@ class LeNet5(nn.Sequential):
         in_channels: Channels of the images, 3 for colour.
         activation: Name of the activation; the paper's is ``tanh``.
         pooling: ``avg`` as in the paper, or ``max``.
+
+    Raises:
+        UserError: If ``activation`` or ``pooling`` has another name.
     """
 
     def __init__(

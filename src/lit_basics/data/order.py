@@ -41,6 +41,9 @@ class EpochOrder:
         drop_last: Whether to leave out the last, smaller batch.
         rank: This process's rank.
         world_size: Number of processes.
+
+    Raises:
+        UserError: If ``batch_size`` is below 1 or does not divide by ``world_size``, or ``seed`` is negative.
     """
 
     def __init__(
