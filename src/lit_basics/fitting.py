@@ -87,6 +87,8 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         ckpt_path = config.config.ckpt_path
         if ckpt_path:
             load_weights(config.model, Path(ckpt_path))  # Lightning loads them again; this refuses a wrong file
+            if not config.resumed:
+                config.optimizer_arguments = changed_arguments(Path(ckpt_path), config.to_dict())
         trainer = make_trainer(config, directory)
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
@@ -177,9 +179,7 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
         config = Config(args)
         if config.config.ckpt_path is not None:
-            path = checkpoint_path(config.config.ckpt_path, None)
-            config.config.ckpt_path = str(path)
-            config.optimizer_arguments = changed_arguments(path, config.to_dict())
+            config.config.ckpt_path = str(checkpoint_path(config.config.ckpt_path, None))
         check_own_configs(args, run_dir)
         directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
         if resume is not None:
