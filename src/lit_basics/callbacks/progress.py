@@ -1,5 +1,6 @@
 """The progress bar, fed from the recorder."""
 
+import math
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 20) -> None:
         super().__init__(refresh_rate=refresh_rate)
-        self._refreshed_at = float("-inf")
+        self._refreshed_at = -math.inf
         self._numbers: dict[str, tuple[Any, float]] = {}  # of each value that has been read: a GPU is asked once
 
     def on_train_batch_end(
