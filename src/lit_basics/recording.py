@@ -98,10 +98,9 @@ class StepRecorder:
             # a parameter that had no gradient at first has its column elsewhere
             side_by_side = columns == list(range(first, last + 1))
             place = slice(first, last + 1) if side_by_side else torch.tensor(columns)
-            if (
-                isinstance(place, Tensor) and self._device.type == "cuda"
-            ):  # names may change with each step, and no step waits
-                place = place.pin_memory().to(self._device, non_blocking=True)
+            if isinstance(place, Tensor):  # names may change with each step, and no step waits
+                pinned = place.pin_memory() if self._device.type == "cuda" else place
+                place = pinned.to(self._device, non_blocking=True)
             self._looked_up = names, place, dict.fromkeys(columns, (1, 0))
         _, place, filled = self._looked_up
         if isinstance(values, Tensor):
