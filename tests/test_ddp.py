@@ -242,7 +242,7 @@ if __name__ == "__main__":
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
                          enable_progress_bar=False, callbacks=[best])
     trainer.fit(Undefined(), data)
-    sys.stdout.write(f"best {best.best_model_score}\n")  # in one piece: both write to one pipe
+    sys.stdout.write(f"best {best.best_model_score}\\n")  # in one piece: both write to one pipe
 """
 
 
