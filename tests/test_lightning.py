@@ -203,21 +203,11 @@ def test_what_is_recorded_in_a_validation_is_not_of_the_training(mode):
 def test_a_validation_before_the_fit(foreign):
     """Reset in inference mode, a mean or the recorder's rows could not be written to in the fit."""
 
-    class Foreign(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = small_net()
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
+    class Validating(Foreign):
         def validation_step(self, batch, batch_idx):
             pass
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-
-    model, rows = Foreign() if foreign else LitClassifier(small_net()), Rows()
+    model, rows = Validating() if foreign else LitClassifier(small_net()), Rows()
     fitted = trainer(callbacks=[GradientMonitor()], logger=rows, log_every_n_steps=1, num_sanity_val_steps=0)
     fitted.validate(model, datamodule=data(), verbose=False)
     fitted.fit(model, datamodule=data())

@@ -310,7 +310,7 @@ class OptimizerArguments(pl.Callback):
 
 
 def check_arguments(trainer: pl.Trainer, arguments: dict[str, Any]) -> None:
-    """Check that the Trainer's optimizers can be given new arguments on a resume.
+    """Check that the Trainer's optimizers can be given new arguments beside a checkpoint's state.
 
     Raises:
         UserError: If ``lr`` is to change under a scheduler that would undo it, or if the groups do not share a value.

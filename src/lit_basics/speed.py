@@ -30,9 +30,9 @@ WHITENING_EPOCHS = 3
 class LitWhitened(LitClassifier):
     """What the recipes share: whitening from the first batch, bfloat16, six views of an image in test.
 
-    It computes in bfloat16 where the device has instructions for it (:func:`has_bfloat16`), at
-    every precision of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time
-    augmentation: the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
+    It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), at every precision
+    of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time augmentation:
+    the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
 
     Args:
         net: Maps images (N, 3, H, W) to logits (N, num_classes).
@@ -42,6 +42,7 @@ class LitWhitened(LitClassifier):
 
     def __init__(self, net: SpeedNet, label_smoothing: float, **kwargs: Any) -> None:
         super().__init__(net=net, criterion=nn.CrossEntropyLoss(label_smoothing=label_smoothing), **kwargs)
+        self.label_smoothing = label_smoothing
         self.net.to(memory_format=torch.channels_last)
         self._seen: dict[SpeedNet, int] = {}
 
@@ -145,7 +146,6 @@ class LitSpeedNet(LitWhitened):
             lr_interval=lr_interval,
             **kwargs,
         )
-        self.label_smoothing = label_smoothing
         self.resolutions, self.hardest = list(resolutions), list(hardest)
         if hardest:
             self.register_buffer("losses", torch.full((SLOTS,), 1e4))  # what was never trained on comes first

@@ -80,7 +80,7 @@ class LitSpeedNet96(LitWhitened):
             lr_interval=lr_interval,
             **kwargs,
         )
-        self.hardest, self.label_smoothing = hardest, label_smoothing
+        self.hardest = hardest
         self.proxy = net(proxy_widths, 2).to(memory_format=torch.channels_last)
         self.proxy.whiten.requires_grad_(False)
 
