@@ -194,8 +194,8 @@ def gradient_norms(steps: int, rounds: int) -> None:
 def main() -> None:
     """Print the figures."""
     options = begin(__doc__)
-    system_c(40 if options.quick else 1500, options.rounds, options.cpu_time)
-    null_model(40 if options.quick else 4000, options.rounds, options.steps_per_execution)
+    system_c(40 if options.quick else 3000, options.rounds, options.cpu_time)
+    null_model(40 if options.quick else 8000, options.rounds, options.steps_per_execution)
     gradient_norms(40 if options.quick else 1000, options.rounds)
     end()
 

@@ -46,6 +46,19 @@ def test_lean_sgd_equals_torchs(arguments):
         assert torch.equal(state["momentum_buffer"], states[1][index]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_lean_sgd_equals_torchs_in_every_dtype(dtype):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 99).to(dtype)) for _ in range(2))
+    optimizers = [kind([p], lr=0.1, momentum=0.9) for kind, p in ((LeanSGD, ours), (torch.optim.SGD, theirs))]
+    for _ in range(5):
+        ours.grad = torch.randn(99).to(dtype)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
 def called_hooks(optimizer_class):
     parameter = nn.Parameter(torch.ones(3))
     optimizer = optimizer_class([parameter], lr=0.1)

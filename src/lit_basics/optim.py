@@ -17,6 +17,7 @@ OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
 """Makes an optimizer from an iterable of parameters; a class path and its arguments in YAML."""
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 """Makes a learning-rate scheduler from an optimizer."""
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class PairedOptimizer(Optimizer):
@@ -114,6 +115,11 @@ def _ranged_if_profiled(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+@functools.lru_cache(maxsize=16)  # a schedule may change it at every step
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64, device="cpu")  # as exact as the number; it changes no dtype
+
+
 class LeanSGD(torch.optim.SGD):
     """``torch.optim.SGD``, bit for bit, in three calls for all parameters together.
 
@@ -156,11 +162,12 @@ class LeanSGD(torch.optim.SGD):
 
     def _update(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._move(params, [p.grad for p in params if p.grad is not None], group)
+            moved = [(p, g) for p in group["params"] if (g := p.grad) is not None]
+            if moved:
+                params, grads = zip(*moved, strict=True)
+                self._move(params, grads, group)
 
-    def _move(self, params: list[Tensor], grads: list[Tensor] | tuple[Tensor, ...], group: dict[str, Any]) -> None:
+    def _move(self, params: _Tensors, grads: _Tensors, group: dict[str, Any]) -> None:
         if group["maximize"]:
             grads = torch._foreach_neg(grads)
         if group["weight_decay"]:
@@ -171,7 +178,8 @@ class LeanSGD(torch.optim.SGD):
             old = [(buffer, g) for buffer, g in zip(buffers, grads, strict=True) if buffer is not None]
             if old:
                 before, added = zip(*old, strict=True)
-                torch._foreach_mul_(before, momentum)
+                # a number is made a tensor for each parameter, which takes longer than to multiply it
+                torch._foreach_mul_(before, _as_tensor(momentum) if before[0].is_cpu else momentum)
                 torch._foreach_add_(before, added, alpha=1 - group["dampening"])
             if len(old) < len(states):  # of some this is the first gradient
                 for state, buffer, gradient in zip(states, buffers, grads, strict=True):

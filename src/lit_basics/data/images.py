@@ -13,6 +13,8 @@ from lit_basics.errors import UserError
 IN_CACHE = 64
 """Images that are normalised at once on the CPU, so that what is made of them is still in its cache at each step."""
 
+_LARGEST = torch.tensor(255.0, dtype=torch.float32, device="cpu")  # of a number torch makes one at each call
+
 
 class Normalize:
     """uint8 images to float32: divided by 255, less the mean, divided by the standard deviation.
@@ -49,9 +51,11 @@ class Normalize:
                 self._elsewhere[images.device] = mean.to(images.device), std.to(images.device)
             mean, std = self._elsewhere[images.device]
         made = torch.empty_like(images, dtype=torch.float32)
-        count = IN_CACHE if images.device.type == "cpu" else max(1, len(images))
-        for some, out in zip(torch.split(images, count), torch.split(made, count), strict=True):
-            out.copy_(some).div_(255).sub_(mean).div_(std)
+        parts = [(images, made)]
+        if images.device.type == "cpu" and len(images) > IN_CACHE:
+            parts = list(zip(torch.split(images, IN_CACHE), torch.split(made, IN_CACHE), strict=True))
+        for some, out in parts:
+            out.copy_(some).div_(_LARGEST).sub_(mean).div_(std)
         return made
 
 
