@@ -1,10 +1,12 @@
 """``steps_per_execution``: what K changes (how often Lightning is asked) and what it does not (all else)."""
 
+import gc
 import inspect
 import os
 import random
 import shutil
 import signal
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -250,6 +252,38 @@ def test_any_loader_with_a_length(kind, workers, monkeypatch):
         assert stateful == (kind is ResumableDataLoader)
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
+
+
+class Watched(list):
+    """Batches whose iterators are watched."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.iterators = []
+
+    def __iter__(self):
+        iterator = (batch for batch in list(super().__iter__()))
+        self.iterators.append(weakref.ref(iterator))
+        return iterator
+
+
+@pytest.mark.filterwarnings(NO_VALIDATION)
+@pytest.mark.parametrize("k", KS)
+def test_an_epochs_iterator_does_not_outlive_it(k):
+    """The workers of a DataLoader end with it; only the garbage collector, which rarely runs, would find a cycle."""
+    loader, alive = Watched([(torch.rand(4, 48), torch.arange(4))] * 10), []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            alive.append(sum(iterator() is not None for iterator in loader.iterators))
+
+    gc.disable()
+    try:
+        trainer(Look(), max_epochs=4).fit(Small(k, inputs=48), loader)
+    finally:
+        gc.enable()
+    assert len(loader.iterators) >= 4
+    assert alive == [1] * 40
 
 
 def test_by_command_every_row_is_the_same(tmp_path):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,8 +15,8 @@ from helpers import Rows, fit, metrics
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import (
@@ -212,6 +213,52 @@ def test_a_validation_before_the_fit(foreign):
     fitted.validate(model, datamodule=data(), verbose=False)
     fitted.fit(model, datamodule=data())
     assert all("grad/norm" in rows.table()[step] for step in range(1, 9))
+
+
+@pytest.mark.filterwarnings("ignore:.*many workers")
+def test_a_metric_that_adds_in_place_after_a_validation_before_the_fit():
+    loader = DataLoader(TensorDataset(torch.rand(8, 3), torch.rand(8, 1)), batch_size=4)
+    model = LitSupervised(nn.Linear(3, 1), nn.MSELoss(), metrics={"mse": MeanSquaredError()})
+    fitted = trainer()
+    fitted.validate(model, loader, verbose=False)
+    fitted.fit(model, loader, loader)
+    assert fitted.callback_metrics["val/mse"] == pytest.approx(fitted.callback_metrics["val/loss"].item())
+
+
+def test_a_metric_called_loss_is_refused():
+    with pytest.raises(UserError, match="give it another name"):
+        LitSupervised(nn.Linear(3, 1), nn.MSELoss(), metrics={"loss": MeanSquaredError()})
+
+
+class Scored(LitClassifier):
+    """What its plateau watches is logged at the epoch's end: rising twice, then falling."""
+
+    def on_train_epoch_end(self):
+        self.log("train/score", float([1, 2, 3, 0, 4, 5][self.current_epoch]))
+
+
+def test_a_resumed_plateau_that_watches_what_the_epochs_end_logs(tmp_path):
+    class Rates(pl.Callback):
+        def __init__(self, rates):
+            self.rates = rates
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def model():
+        plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0)
+        return Scored(small_net(), lr_scheduler=plateau, lr_monitor="train/score")
+
+    whole, resumed = [], []
+    for rates, parts in ((whole, [6]), (resumed, [3, 6])):
+        for epochs in parts:
+            fitted = trainer(max_epochs=epochs, callbacks=[Rates(rates), RandomState()])
+            last = tmp_path / "last.ckpt"
+            goes_on = {"ckpt_path": last, "weights_only": True} if epochs > parts[0] else {}
+            fitted.fit(model(), datamodule=data(), **goes_on)
+            fitted.save_checkpoint(last)
+    assert len(set(whole)) > 2
+    assert resumed == whole
 
 
 @pytest.mark.filterwarnings("ignore:Precision 16-mixed|.*mixed precision")

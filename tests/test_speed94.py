@@ -11,10 +11,12 @@ import torch
 from helpers import Weights, assert_equal
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 
 from lit_basics import (
     LitClassifier,
     LitSpeedNet,
+    LitSpeedNet96,
     ProcessSettings,
     RandomState,
     SpeedNet,
@@ -38,10 +40,11 @@ def images(**kwargs):
 
 def fit(model, data, *callbacks, **kwargs):
     settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    loader = kwargs.pop("train_dataloaders", None)
     trainer = pl.Trainer(
         **settings | kwargs, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks)
     )
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, loader, datamodule=data)
     return trainer
 
 
@@ -247,6 +250,41 @@ def test_no_gradient_of_the_whitening_when_its_rate_is_zero():
     assert seen == [(epoch, epoch < 3) for epoch in range(EPOCHS) for _ in range(3)]
     assert not torch.equal(biases[8], biases[9])
     assert torch.equal(biases[9], biases[11])
+
+
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist")
+def test_in_a_process_group_the_whitening_is_left_even_so(one_process_group):
+    """There its gradient goes on being computed; a scheduler of the user's own does not hold it."""
+    biases = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            biases.append(pl_module.net.whiten.bias.detach().clone())
+
+    fit(LitSpeedNet(widths=WIDTHS, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 100)), images(), Look())
+    assert not torch.equal(biases[7], biases[8])
+    assert torch.equal(biases[8], biases[11])
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.rand(3, 32, 32), 0)] * 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+@pytest.mark.parametrize("kind", [LitSpeedNet, LitSpeedNet96])
+def test_a_loader_without_a_length_tells_no_end(kind):
+    """Lightning's number of steps is -1: the rates would grow."""
+    with pytest.raises(UserError, match="without a length does not tell: give max_steps"):
+        fit(kind(), None, max_epochs=2, train_dataloaders=DataLoader(Endless(), batch_size=3))
+    fit(LitSpeedNet(widths=WIDTHS), None, max_steps=3, train_dataloaders=DataLoader(Endless(), batch_size=3))
 
 
 def test_states_with_and_without_losses():

@@ -9,6 +9,7 @@ state, counters, and every checkpoint) is the same for every K.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,9 @@ class StepsInBetween:
     def __iter__(self) -> Iterator[Any]:
         """Return the iterator over Lightning's batches."""
         # no generator itself: a DataLoader draws from the random state when its iterator is made
-        iterator = self._batches(iter(self.loader), lambda: is_lightnings_own(self.module.trainer, iterator))
+        iterator = self._batches(iter(self.loader), lambda: is_lightnings_own(self.module.trainer, itself()))
+        # it must not hold itself: Lightning leaves it at an epoch's last batch, and its workers with it
+        itself = weakref.ref(iterator)
         return iterator
 
     def _batches(self, batches: Iterator[Any], trains: Callable[[], bool]) -> Iterator[Any]:
@@ -257,7 +260,7 @@ class Counters:
             self._batches.increment_by(0, is_last_batch=True)
 
 
-def is_lightnings_own(trainer: pl.Trainer, iterator: Iterator[Any]) -> bool:
+def is_lightnings_own(trainer: pl.Trainer, iterator: Iterator[Any] | None) -> bool:
     """Return whether an iterator over the training loader is the one that Lightning trains by."""
     combined: Any = trainer.fit_loop._combined_loader  # private names, as in Counters
     return any(one is iterator for one in getattr(combined._iterator, "iterators", []))

@@ -57,6 +57,7 @@ class TrainingHooks(FlushesRows):
         self._means_logged = False
         self._resumed: dict[str, Any] | None = None
         self._plateaus: list[tuple[Any, int]] = []  # configurations of schedulers, with their frequencies
+        self._left: list[int] = []  # the places of those that Lightning steps after all
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the settings back: the check is over.
@@ -104,10 +105,11 @@ class TrainingHooks(FlushesRows):
         if self._several:
             check_one_loader(self.module)
         self.module.usual_dtype = torch.get_default_dtype()
+        self._left = [] if self._resumed is None else list(self._resumed["left_to_lightning"])
         self._plateaus = [
             (config, config.frequency)
-            for config in trainer.lr_scheduler_configs
-            if isinstance(config.scheduler, ReduceLROnPlateau)
+            for number, config in enumerate(trainer.lr_scheduler_configs)
+            if isinstance(config.scheduler, ReduceLROnPlateau) and number not in self._left
         ]
         if self._manual and self.module.own_optimizers and self._plateaus:
             raise UserError(
@@ -124,7 +126,7 @@ class TrainingHooks(FlushesRows):
         for name, gradient in state["gradients"].items():
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        metrics = state.get("metrics", {})  # of a validation earlier in the epoch; not in files of earlier versions
+        metrics = state["metrics"]  # of a validation earlier in the epoch
         trainer.callback_metrics.update({n: torch.tensor(value, dtype=torch.float64) for n, value in metrics.items()})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -203,6 +205,7 @@ class TrainingHooks(FlushesRows):
             else:  # the module's own on_train_epoch_end may log it: then it is Lightning's turn
                 config.frequency = frequency
                 self._plateaus.remove((config, frequency))
+                self._left.append(trainer.lr_scheduler_configs.index(config))
 
     def _log_epoch_means(self, trainer: pl.Trainer) -> None:
         self._means_logged = True
@@ -215,8 +218,14 @@ class TrainingHooks(FlushesRows):
             self.module.log(name, mean, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=several)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look whether the loaders are shared out over the processes."""
+        """Look whether the loaders are shared out over the processes, and begin the metrics.
+
+        A validation before the fit, in inference mode, has left them states that cannot be added to in place.
+        """
         check_shared_out(trainer, trainer.val_dataloaders)
+        for metric in self.module.val_metrics.values():
+            assert isinstance(metric, Metric)
+            metric.reset()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look whether the loaders are shared out over the processes."""
@@ -270,6 +279,7 @@ class TrainingHooks(FlushesRows):
             "recorder": recorder_of(trainer).state_dict(),
             "gradients": gradients,
             "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+            "left_to_lightning": list(self._left),
         }
 
     def on_load_checkpoint(

@@ -74,7 +74,8 @@ class LitSupervised(pl.LightningModule):
     Raises:
         UserError: If ``steps_per_execution`` is below 1, or if it is above 1, or manual optimization asked of, a
             subclass that overrides ``training_step``, ``optimizer_step`` or ``optimizer_zero_grad``; if one of
-            ``metrics`` is no ``Metric``; or if ``lr_interval`` or ``compile_net`` is none of its values.
+            ``metrics`` is no ``Metric``, or called ``loss``; or if ``lr_interval`` or ``compile_net`` is none of its
+            values.
     """
 
     def __init__(
@@ -122,6 +123,8 @@ class LitSupervised(pl.LightningModule):
         self.lr_monitor = lr_monitor
         self.usual_dtype = torch.get_default_dtype()  # outside of the precision's context
         metrics = metrics or {}
+        if "loss" in metrics:
+            raise UserError("metrics: 'loss' is the criterion's mean, as val/loss and test/loss; give it another name")
         for name, metric in metrics.items():
             if not isinstance(metric, Metric):
                 kind = type(metric).__name__

@@ -51,7 +51,8 @@ class StepRecorder:
         self._filled: list[dict[int, tuple[int, int]]] = []
         self._host: list[dict[str, float]] = []
         self._sums: dict[str, tuple[float, int]] = {}
-        self._left_out: set[float] = set()
+        self._broken: dict[str, dict[int, float]] = {}  # by name and step, NaN and infinities: a step may be left out
+        self._left_out: set[int] = set()
         self._last_flush = time.monotonic()
         self.latest: dict[str, float] = {}
         """The newest flushed value of each key, for progress bars."""
@@ -158,13 +159,18 @@ class StepRecorder:
                 every_value[name] = value
                 if name in self._averaged:
                     total, n = self._sums.get(name, (0.0, 0))
-                    self._sums[name] = (total, n) if step in self._left_out else (total + value, n + 1)
+                    if not math.isfinite(value):
+                        self._broken.setdefault(name, {})[step] = value
+                    elif step not in self._left_out:
+                        total, n = total + value, n + 1
+                    self._sums[name] = total, n
                 if step % self._every[column] == 0:
                     metrics[name] = value
             self._write_row(metrics | host, step)
             self.latest.update(every_value)
-            for listener in self.listeners.values():
-                listener(step, every_value)
+            if step not in self._left_out:
+                for listener in self.listeners.values():
+                    listener(step, every_value)
         self._save()
 
     def write(self, metrics: dict[str, float], step: int) -> None:
@@ -190,11 +196,21 @@ class StepRecorder:
     def epoch_means(self) -> dict[str, float]:
         """Return the mean over the epoch's steps of everything given to :meth:`put`; flushes first."""
         self.flush()
-        return {name: total / n if n else math.nan for name, (total, n) in self._sums.items()}
+        means = {}
+        for name, (total, n) in self._sums.items():
+            broken = self._not_left_out(name).values()
+            means[name] = (total + sum(broken)) / (n + len(broken)) if n + len(broken) else math.nan
+        return means
 
-    def leave_out(self, step: float) -> None:
-        """Leave a step that is not made out of the epoch's means; its row stays."""
-        self._left_out.add(step)
+    def leave_out(self, first: int, last: int) -> None:
+        """Leave steps that were not made, or not kept, out of the epoch's means; their rows stay.
+
+        What is finite of a step that was flushed already, by :meth:`flush_if_due`, is in the mean even so.
+        """
+        self._left_out.update(range(first, last + 1))
+
+    def _not_left_out(self, name: str) -> dict[int, float]:
+        return {step: value for step, value in self._broken.get(name, {}).items() if step not in self._left_out}
 
     def clear(self) -> None:
         """Forget all rows: those of steps before training starts, as a search for a learning rate makes."""
@@ -202,16 +218,20 @@ class StepRecorder:
 
     def start_epoch(self) -> None:
         """Forget the sums of the last epoch."""
-        self._sums = {}
+        self._sums, self._broken = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch's sums and the row of a step that is being accumulated; flushes the others."""
         self.flush_finished()
         unfinished = {}
         if self._steps:
-            names, values = list(self._columns), self._buffer[0].tolist()
+            names, row = list(self._columns), self._buffer[0]
+            if self._trainer.world_size > 1:  # the file is one rank's, which all of them load
+                row = self._trainer.strategy.reduce(row.clone(), reduce_op="mean")
+            values = row.tolist()
             unfinished = {names[column]: (values[column], *state) for column, state in self._filled[0].items()}
-        return {"sums": dict(self._sums), "unfinished": unfinished}
+        broken = {name: self._not_left_out(name) for name in self._broken}
+        return {"sums": dict(self._sums), "broken": broken, "unfinished": unfinished}
 
     def load_state_dict(self, state: dict[str, Any], step: int, every: int) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -222,6 +242,7 @@ class StepRecorder:
             every: As in :meth:`put`.
         """
         self._sums = {name: (float(total), int(n)) for name, (total, n) in state["sums"].items()}
+        self._broken = {name: dict(values) for name, values in state["broken"].items()}
         for name, (value, count, part) in state["unfinished"].items():
             self.put(step, name, value, every=every)
             self._filled[self._row(step)][self._column(name, every)] = (count, part)

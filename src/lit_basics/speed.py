@@ -62,6 +62,20 @@ class LitWhitened(LitClassifier):
                 net.whiten_(covariance)
             self._seen[net] = filters._version
 
+    def steps_of_training(self) -> float:
+        """Return the number of optimizer steps of the training; infinity where it has no end.
+
+        Raises:
+            UserError: If a training loader without a length does not tell.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps < 0:
+            raise UserError(
+                f"{type(self).__name__}'s learning rates fall until the training ends, which a training loader without "
+                "a length does not tell: give max_steps"
+            )
+        return steps
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W), in the dtype of ``x``."""
         return self.logits(self.net, x)
@@ -164,8 +178,12 @@ class LitSpeedNet(LitWhitened):
         ]
 
     def falling_to_zero(self, optimizer: Optimizer) -> LambdaLR:
-        """Return the scheduler: to 0 at the end of training, for the whitening's bias after three epochs."""
-        steps = self.trainer.estimated_stepping_batches  # which sets the loaders up, whose batches are known then
+        """Return the scheduler: to 0 at the end of training, for the whitening's bias after three epochs.
+
+        Raises:
+            UserError: If the end of training is not known.
+        """
+        steps = self.steps_of_training()  # which sets the loaders up, whose batches are known then
         an_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         early = min(steps, WHITENING_EPOCHS * (math.ceil(an_epoch) if math.isfinite(an_epoch) else math.inf))
 
@@ -213,6 +231,12 @@ class LitSpeedNet(LitWhitened):
             self.keep_losses(index, logits.detach(), y)
         loss: Tensor = self.criterion(logits, y)
         return loss
+
+    def on_after_backward(self) -> None:
+        """Leave the whitening's bias as it is, where several processes go on computing its gradient."""
+        if self.current_epoch >= WHITENING_EPOCHS:
+            trained: Any = self.net.whiten.bias
+            trained.grad = None
 
     def of_epoch(self, values: list[Any]) -> Any:
         """Return the value of this epoch, of a list of which the last holds for all later ones."""

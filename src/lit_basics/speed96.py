@@ -104,9 +104,9 @@ class LitSpeedNet96(LitWhitened):
         """Return the scheduler, over all steps of the training.
 
         Raises:
-            UserError: If the training has no end.
+            UserError: If the training has no end, or none that is known.
         """
-        steps = self.trainer.estimated_stepping_batches
+        steps = self.steps_of_training()
         if math.isinf(steps):
             raise UserError("LitSpeedNet96's learning rates fall until the training ends: give max_epochs or max_steps")
         return LookaheadLR(optimizer, int(steps))

@@ -14,7 +14,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics
+from helpers import Rows, assert_equal, fit, metrics
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -28,11 +28,13 @@ from lit_basics import (
     GradientMonitor,
     LastCheckpoint,
     LitSupervised,
+    LossReport,
     NonFiniteError,
     NonFiniteGuard,
     Preemption,
     RandomState,
     UserError,
+    recording,
 )
 from lit_basics.callbacks import non_finite
 from lit_basics.cli import main
@@ -438,6 +440,27 @@ def test_the_epochs_mean_leaves_the_step_out(policy):
     # if recorder.leave_out did nothing, the mean would be nan, and EarlyStopping would stop
     _, fitted, _ = train(NonFiniteGuard(policy, every_n_batches=EVERY), "nan loss", {3, 30})
     assert math.isfinite(fitted.callback_metrics["train/loss"])
+
+
+@pytest.mark.filterwarnings(WARNINGS)
+@pytest.mark.parametrize("flushed", [False, True])
+def test_found_late_the_steps_since_are_left_out(flushed, monkeypatch):
+    if flushed:  # as of a slow run: each row goes to the loggers before the guard's look
+        monkeypatch.setattr(recording, "_SECONDS", 0.0)
+    _, fitted, error = train(Late("rollback", every_n_batches=EVERY), "nan loss", {3, 30})
+    assert error is None
+    assert math.isfinite(fitted.callback_metrics["train/loss"])
+
+
+@pytest.mark.filterwarnings(WARNINGS)
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_report_leaves_the_step_out(policy):
+    rows, guard = Rows(), NonFiniteGuard(policy, every_n_batches=EVERY)
+    fitted = trainer(guard, LossReport(every_n_steps=10), logger=rows, max_epochs=1)
+    fitted.fit(Faulty("nan loss", {3, 30}), batches())
+    reports = [row["train/loss_mean_10"] for row in rows.table().values() if "train/loss_mean_10" in row]
+    assert len(reports) == 5, "of 58 losses"
+    assert all(map(math.isfinite, reports))
 
 
 @pytest.mark.parametrize("monitor", [False, True])

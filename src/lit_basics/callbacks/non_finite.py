@@ -381,7 +381,9 @@ class NonFiniteGuard(pl.Callback):
         self.faults += 1
         if self.faults > self.budget:
             self._stop(trainer, f"{fault.text}; the budget of {self.budget} faults is spent")
-        recorder_of(trainer).leave_out(fault.step)
+        if math.isfinite(fault.step):  # found late, it is in the steps since as well
+            first = int(fault.step)
+            recorder_of(trainer).leave_out(first, max(first, trainer.global_step))
         if self._snapshot is None:
             action = "the update is skipped"
         else:

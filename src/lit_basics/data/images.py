@@ -13,8 +13,6 @@ from lit_basics.errors import UserError
 IN_CACHE = 64
 """Images that are normalised at once on the CPU, so that what is made of them is still in its cache at each step."""
 
-_LARGEST = torch.tensor(255.0, dtype=torch.float32, device="cpu")  # of a number torch makes one at each call
-
 
 class Normalize:
     """uint8 images to float32: divided by 255, less the mean, divided by the standard deviation.
@@ -41,21 +39,23 @@ class Normalize:
             raise UserError(f"std is {list(std)}; it must be positive")
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
-        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = {}  # a forked process cannot have a GPU's
+        # by a tensor, which a GPU divides exactly, where it multiplies by the reciprocal of a number
+        self._largest = torch.tensor(255.0, dtype=torch.float32)
+        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}  # a forked process cannot have a GPU's
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return float32 images of the shape of ``images`` (N, C, H, W)."""
-        mean, std = self.mean, self.std
-        if images.device != mean.device:
-            if images.device not in self._elsewhere:
-                self._elsewhere[images.device] = mean.to(images.device), std.to(images.device)
-            mean, std = self._elsewhere[images.device]
+        largest, mean, std = self._largest, self.mean, self.std
+        if (device := images.device) != mean.device:
+            if device not in self._elsewhere:
+                self._elsewhere[device] = largest.to(device), mean.to(device), std.to(device)
+            largest, mean, std = self._elsewhere[device]
         made = torch.empty_like(images, dtype=torch.float32)
         parts = [(images, made)]
         if images.device.type == "cpu" and len(images) > IN_CACHE:
             parts = list(zip(torch.split(images, IN_CACHE), torch.split(made, IN_CACHE), strict=True))
         for some, out in parts:
-            out.copy_(some).div_(_LARGEST).sub_(mean).div_(std)
+            out.copy_(some).div_(largest).sub_(mean).div_(std)
         return made
 
 
