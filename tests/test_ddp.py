@@ -59,6 +59,22 @@ def test_two_ranks_give_one_ranks_gradients(mode, tmp_path):
         assert torch.allclose(final_weights(tmp_path / "two")[name], value, rtol=0, atol=1e-6), name
 
 
+def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
+    """The file is rank 0's: its own losses so far would count for both."""
+    path, folder = write_npz(tmp_path / "images.npz", train=132), tmp_path / "two"
+    more = ["--config", "ddp", "--data.val_size", "12", "--trainer.max_epochs", "1"]
+    more += ["--trainer.accumulate_grad_batches", "4", "--trainer.val_check_interval", "6"]
+    more += ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.monitor", "val/loss"]
+    more += ["--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.dirpath", str(folder / "checkpoints")]
+    run([*FIT, *words(path, folder, *more)])
+    whole = metrics(folder)
+    first, *_ = (folder / "checkpoints").glob("epoch*step=1.ckpt")
+    run([*FIT, "--resume", str(first)])
+    assert {step: row["train/loss"] for step, row in metrics(folder).items()} == {
+        step: row["train/loss"] for step, row in whole.items()
+    }
+
+
 def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"])
