@@ -42,15 +42,6 @@ def test_every_public_name_imports_without_wandb_and_jsonargparse():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_line_says_that_it_needs_jsonargparse():
-    done = run(
-        "import sys; sys.modules['jsonargparse'] = None\n"
-        "from lit_basics.cli import main; sys.exit(main(['fit', '--config', 'linear']))"
-    )
-    assert done.returncode == 2
-    assert "pip install 'jsonargparse[signatures]'" in done.stderr
-
-
 def test_public_names_are_documented_and_spelled_right():
     assert set(lit_basics.__all__) <= set(dir(lit_basics))
     for name in lit_basics.__all__:

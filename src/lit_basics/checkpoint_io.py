@@ -471,9 +471,6 @@ def is_restoring(error: Exception) -> bool:
 
 def of_another_model(path: Path, model: pl.LightningModule, error: Exception) -> UserError:
     """Return what to say where a checkpoint's weights do not fit."""
-    return UserError(f"{path} is a checkpoint of another model than {type(model).__name__}: {_first_key(error)}")
-
-
-def _first_key(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()[1:]]
-    return lines[0][:150] if lines else str(error)
+    head, *keys = str(error).splitlines() or [""]
+    reason = keys[0].strip()[:150] if keys else head
+    return UserError(f"{path} is a checkpoint of another model than {type(model).__name__}: {reason}")

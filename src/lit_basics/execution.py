@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 Hook = Callable[..., Any]
 
+BATCH_HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+
 
 class StepsInBetween:
     """A training loader for Lightning: trains on all batches but those that Lightning is to handle.
@@ -112,16 +117,7 @@ class Step:
         # usually that is this one, wrapped in a generator
         self._forward_context = precision.forward_context if usual else precision.train_step_context
         self._transfer = transfer_hooks(module)
-        self._hooks = {
-            name: hooks(module, name)
-            for name in (
-                "on_train_batch_start",
-                "on_before_backward",
-                "on_after_backward",
-                "on_before_optimizer_step",
-                "on_train_batch_end",
-            )
-        }
+        self._hooks = {name: hooks(module, name) for name in BATCH_HOOKS}
 
     def is_lightnings(self) -> bool:
         """Return whether Lightning is to handle the batch that comes."""
@@ -312,16 +308,6 @@ def put_between(module: LitSupervised) -> None:
 def leave_alone(trainer: pl.Trainer) -> None:
     """Take back what :func:`put_between` did."""
     vars(trainer.strategy).pop("process_dataloader", None)
-
-
-def check_one_loader(module: LitSupervised) -> None:
-    """Refuse several training loaders.
-
-    Raises:
-        UserError: If there are several, or one within a collection.
-    """
-    if not isinstance(module.trainer.train_dataloader, StepsInBetween):
-        raise UserError(f"steps_per_execution is {module.steps_per_execution}: it takes one training loader, by itself")
 
 
 def only_optimizer(module: LitSupervised) -> Optimizer:

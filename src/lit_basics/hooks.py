@@ -23,9 +23,10 @@ from torchmetrics import Metric
 from lit_basics.data.order import check_shared_out
 from lit_basics.errors import UserError
 from lit_basics.execution import (
+    BATCH_HOOKS,
     Counters,
+    StepsInBetween,
     carry_steps,
-    check_one_loader,
     datamodule_of,
     leave_alone,
     put_between,
@@ -98,12 +99,14 @@ class TrainingHooks(FlushesRows):
 
         Raises:
             UserError: If ``configure_optimizers`` is the module's own and made a ``ReduceLROnPlateau``, in manual mode,
-                or the training loader is not shared out over the processes.
+                or the training loader is not shared out over the processes, or not the only one where steps are to
+                be made in between.
         """
         check_shared_out(trainer, trainer.train_dataloader)
         recorder_of(trainer).clear()
-        if self._several:
-            check_one_loader(self.module)
+        if self._several and not isinstance(trainer.train_dataloader, StepsInBetween):
+            steps = self.module.steps_per_execution
+            raise UserError(f"steps_per_execution is {steps}: it takes one training loader, by itself")
         self.module.usual_dtype = torch.get_default_dtype()
         self._left = [] if self._resumed is None else list(self._resumed["left_to_lightning"])
         self._plateaus = [
@@ -306,12 +309,6 @@ class TrainingHooks(FlushesRows):
         if self._settings is not None:
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
             self._settings = None
-
-
-BATCH_HOOKS = (
-    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
-    *("on_before_optimizer_step", "on_train_batch_end"),
-)
 
 
 def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -100,8 +101,8 @@ class LitSupervised(pl.LightningModule):
         if not isinstance(compile_net, bool) and compile_net not in get_args(CompileMode):
             modes = ", ".join(get_args(CompileMode))
             raise UserError(f"compile_net is {compile_net!r}; it must be True, False or a mode: {modes}")
-        self.own_training_step = _overrides(self, "training_step")
-        self.own_optimizers = _overrides(self, "configure_optimizers")
+        self.own_training_step = is_overridden("training_step", self, LitSupervised)
+        self.own_optimizers = is_overridden("configure_optimizers", self, LitSupervised)
         several = steps_per_execution > 1
         manual = f"steps_per_execution={steps_per_execution}" if several else "automatic_optimization=False"
         for name, instead in (
@@ -109,7 +110,7 @@ class LitSupervised(pl.LightningModule):
             ("optimizer_step", "give a scheduler"),
             ("optimizer_zero_grad", "use automatic optimization"),
         ):
-            if (several or not automatic_optimization) and _overrides(self, name):
+            if (several or not automatic_optimization) and is_overridden(name, self, LitSupervised):
                 raise UserError(f"{type(self).__name__} overrides {name}, so {manual} cannot apply: {instead} instead")
         self.save_hyperparameters(_Arguments(_primitive_arguments(self)))
         self.net = net
@@ -443,11 +444,6 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """Return the mean over the samples, a float64 scalar (float32 where there is MPS)."""
         return self.total / self.count
-
-
-def _overrides(module: LitSupervised, name: str) -> bool:
-    """Return whether a subclass has a method ``name`` of its own."""
-    return getattr(type(module), name) is not getattr(LitSupervised, name)
 
 
 def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:

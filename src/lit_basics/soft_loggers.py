@@ -232,17 +232,11 @@ class _Nothing:
     def __call__(self, *args: Any, **kwargs: Any) -> "_Nothing":
         return self
 
-    def __getitem__(self, key: Any) -> "_Nothing":
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
-    def __enter__(self) -> "_Nothing":
-        return self
-
     def __exit__(self, *args: Any) -> None:
         pass
+
+    __getitem__ = __enter__ = __call__
+    __setitem__ = __exit__

@@ -56,7 +56,7 @@ class LitWhitened(LitClassifier):
                 continue
             if not net.whitened:
                 covariance = patch_covariance(images)
-                if has_process_group():
+                if distributed.is_initialized():
                     distributed.all_reduce(covariance)
                     covariance /= distributed.get_world_size()
                 net.whiten_(covariance)
@@ -207,7 +207,7 @@ class LitSpeedNet(LitWhitened):
         if self._froze and self.current_epoch < WHITENING_EPOCHS:  # another fit
             trained.requires_grad_(True)
             self._froze = False
-        elif self.current_epoch >= WHITENING_EPOCHS and trained.requires_grad and not has_process_group():
+        elif self.current_epoch >= WHITENING_EPOCHS and trained.requires_grad and not distributed.is_initialized():
             # its gradient, which nobody uses, is a tenth of the backward pass; DistributedDataParallel waits for it
             trained.requires_grad_(False)
             self._froze = True
@@ -245,14 +245,9 @@ class LitSpeedNet(LitWhitened):
     def keep_losses(self, index: Tensor, logits: Tensor, y: Tensor) -> None:
         """Keep the loss of each image, of those of all ranks."""
         losses = cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing).to(self.losses)
-        if has_process_group():
+        if distributed.is_initialized():
             index, losses = of_all_ranks(index), of_all_ranks(losses)
         self.losses[index] = losses
-
-
-def has_process_group() -> bool:
-    """Return whether this process is one of a distributed training."""
-    return distributed.is_available() and distributed.is_initialized()
 
 
 @functools.cache

@@ -128,7 +128,7 @@ def test_per_image_draws_for_each_image():
     torch.manual_seed(0)
     same = IMAGES[:1].expand(32, -1, -1, -1)
     once = v2.RandomHorizontalFlip()(same)
-    each = per_image(v2.RandomHorizontalFlip())(same)
+    each = per_image(v2.RandomHorizontalFlip(), same)
     assert len({tuple(image.flatten().tolist()) for image in once}) == 1
     assert len({tuple(image.flatten().tolist()) for image in each}) == 2
 

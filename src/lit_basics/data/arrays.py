@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -206,7 +207,7 @@ class ArrayDataModule(pl.LightningDataModule):
                 "slower; crop, flip and cutout are faster",
                 stacklevel=2,
             )
-            self.transform = per_image(transform)
+            self.transform = partial(per_image, transform)  # which can be pickled
         self._arrays: ImageArrays | None = None
 
     def load(self) -> ImageArrays:

@@ -1,7 +1,6 @@
 """Image batches as tensors: normalisation equal to torchvision's, and augmentation drawn per image."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +97,8 @@ def cut_out(images: Tensor, y: Tensor, x: Tensor, side: int) -> Tensor:
     return images.masked_fill_(inside[:, None], 0)
 
 
-def per_image(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function of batches that applies ``transform`` to each image, with draws of its own."""
-    return partial(_each, transform)  # which can be pickled
-
-
-def _each(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def per_image(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Apply ``transform`` to each image, with draws of its own."""
     return torch.stack([transform(image) for image in images])
 
 

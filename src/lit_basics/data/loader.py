@@ -158,13 +158,8 @@ class GlobalBatches(DistributedSampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         """Return the keys from the position on; it does not move by being read here."""
-        return keys(copy.copy(self.order))
-
-
-def keys(order: EpochOrder) -> Iterator[Key]:
-    """Yield the keys of the batches of an order."""
-    for _, index in order:
-        yield order.epoch, index.tolist()
+        order = copy.copy(self.order)
+        return ((order.epoch, index.tolist()) for _, index in order)
 
 
 class SeededBatches(Dataset[Any]):
@@ -225,7 +220,7 @@ def seed_generators(seed: int, epoch: int, index: int) -> None:
 
 def processes() -> tuple[int, int]:
     """Return this process's rank and the number of processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 

@@ -3,8 +3,8 @@
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -39,16 +39,11 @@ def plain_loop(
     *,
     steps: int,
     batches: int,
-    precision: str,
-    accumulate: int,
-    max_epochs: int,
-    max_steps: int,
-    clip: float | None,
-    clip_algorithm: str,
+    settings: pl.Trainer,
     before_batch: Callable[[int, Any], None],
     after_step: Callable[[int, list[torch.optim.Optimizer]], None],
 ) -> None:
-    """Train in float32 or ``precision`` on the CPU.
+    """Train in float32 or the precision of ``settings`` on the CPU.
 
     Args:
         module: Its ``configure_optimizers`` and ``training_step`` are used (``compute_loss`` of our own), and
@@ -57,18 +52,14 @@ def plain_loop(
         loaders: The training loader, if it was given apart.
         steps: Optimizer steps to make.
         batches: Batches of an epoch, as ``limit_train_batches``.
-        precision: One of :data:`PRECISIONS`.
-        accumulate: Batches of a step.
-        max_epochs: The Trainer's, which ``configure_optimizers`` may ask for.
-        max_steps: The Trainer's, likewise; -1 for none.
-        clip: Largest norm or value of the gradients, if they are clipped.
-        clip_algorithm: "norm" or "value".
+        settings: Its precision, accumulation, clipping and length count; it does not train.
         before_batch: Called with the number of the batch in the run, from 0, and the batch.
         after_step: Called with the number of the step, from 1, and the optimizers.
 
     Raises:
         NotApplicable: If the module has no plain loop.
     """
+    precision, accumulate = str(settings.precision), settings.accumulate_grad_batches
     ours = isinstance(module, LitSupervised) and not module.own_training_step
     if not (ours or module.automatic_optimization):
         raise NotApplicable(f"{type(module).__name__}.training_step makes its updates itself")
@@ -85,7 +76,8 @@ def plain_loop(
     seed_workers(loader)
     dtype = DTYPES.get(precision)
     module.to(dtype)
-    module.trainer = Plan(epoch_length(loader, batches), accumulate, max_epochs, max_steps)  # type: ignore[assignment]
+    plan = Plan(epoch_length(loader, batches), accumulate, settings.max_epochs or -1, settings.max_steps)
+    module.trainer = plan  # type: ignore[assignment]
     optimizers, schedulers = optimizers_of(module)
     module.trainer = None
     step_of: Callable[..., Any] = module.compute_loss if ours else module.training_step  # type: ignore[assignment]
@@ -126,7 +118,7 @@ def plain_loop(
                 for optimizer in optimizers:
 
                     def closure(optimizer: Any = optimizer, backward: Any = backward) -> Any:
-                        return clipped(backward(), module, optimizer, clip, clip_algorithm)
+                        return clipped(backward(), module, optimizer, settings)
 
                     optimizer.step(closure)
                 done += 1
@@ -160,22 +152,19 @@ class Plan:
         return min(steps, self.max_steps) if self.max_steps >= 0 else steps
 
 
-@contextmanager
-def forward_context(precision: str) -> Iterator[None]:
-    """Run a step in a precision: autocast, or another default dtype."""
+def forward_context(precision: str) -> AbstractContextManager[None]:
+    """Return what a step runs in: autocast, or another default dtype."""
     if precision == "bf16-mixed":
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
-    else:
-        with default_dtype(DTYPES.get(precision, torch.get_default_dtype())):
-            yield
+        return torch.autocast("cpu", torch.bfloat16)
+    return default_dtype(DTYPES.get(precision, torch.get_default_dtype()))
 
 
-def clipped(loss: Any, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None, algorithm: str) -> Any:
+def clipped(loss: Any, module: nn.Module, optimizer: torch.optim.Optimizer, settings: pl.Trainer) -> Any:
     """Clip the optimizer's gradients and return ``loss``."""
     hook(module, "on_before_optimizer_step", optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if clip and algorithm == "value":
+    clip = settings.gradient_clip_val
+    if clip and settings.gradient_clip_algorithm == "value":
         nn.utils.clip_grad_value_(parameters, clip)
     elif clip:
         nn.utils.clip_grad_norm_(parameters, clip)

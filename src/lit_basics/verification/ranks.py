@@ -11,7 +11,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lit_basics.verification.tracing import State, digest, finite, random_digest, training_state
+from lit_basics.finite import are_finite
+from lit_basics.verification.tracing import State, digest, random_digest, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -87,7 +88,7 @@ class Recorder(pl.Callback):
         self.recorded.draws |= random_digest() != self._random
         if trainer.global_step > len(self.recorded.states):
             self.recorded.states.append(training_state(pl_module, []))
-            if not (self.recorded.diverged or finite(pl_module)):
+            if not (self.recorded.diverged or are_finite(p for p in pl_module.parameters() if p.requires_grad)):
                 self.recorded.diverged = len(self.recorded.states)
 
 

@@ -195,12 +195,7 @@ class Subject:
             self.train_dataloaders,
             steps=reference.steps,
             batches=self.limit(self.steps),
-            precision=str(trainer.precision),
-            accumulate=trainer.accumulate_grad_batches,
-            max_epochs=trainer.max_epochs or -1,
-            max_steps=trainer.max_steps,
-            clip=trainer.gradient_clip_val,
-            clip_algorithm=trainer.gradient_clip_algorithm or "norm",
+            settings=trainer,
             before_batch=before_batch,
             after_step=after_step,
         )

@@ -1,8 +1,6 @@
 """What a run did, step by step, and where another run of the same training departs from it."""
 
 import hashlib
-import pickle
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_basics.callbacks.last import at_step_boundary
+from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
+from lit_basics.finite import are_finite
 from lit_basics.modules import LitSupervised
 
 State = dict[str, Tensor]
@@ -123,7 +123,7 @@ class Tracer(Checkpoint):
             self.trace.steps = trainer.global_step
             state = training_state(pl_module, trainer.optimizers)
             if self.reference is None:
-                if not (self.trace.diverged or finite(pl_module)):
+                if not (self.trace.diverged or are_finite(p for p in pl_module.parameters() if p.requires_grad)):
                     self.trace.diverged = self.trace.steps
                 torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
             else:
@@ -158,11 +158,6 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
                 if isinstance(value, Tensor):
                     state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = value.detach().clone()
     return state
-
-
-def finite(module: torch.nn.Module) -> bool:
-    """Return whether all trained parameters are finite; buffers, such as masks, need not be."""
-    return all(bool(one.isfinite().all()) for one in module.parameters() if one.requires_grad)
 
 
 def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
@@ -208,8 +203,4 @@ def digest(batch: Any) -> str:
 
 def random_digest() -> str:
     """Return a digest of the states of Python's, NumPy's and torch's generators."""
-    total = hashlib.blake2b(digest_size=16)
-    total.update(repr(random.getstate()).encode())
-    total.update(pickle.dumps(np.random.get_state()))
-    total.update(torch.get_rng_state().numpy().tobytes())
-    return total.hexdigest()
+    return digest(generator_states())
