@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 import time
 import traceback
 import zipfile
@@ -32,7 +31,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_basics.errors import UserError, first_line, printable
-from lit_basics.files import file_sha256, local_path, make_public, replace_file, sync_folder
+from lit_basics.files import file_sha256, local_path, name_beside, replace_file
 from lit_basics.nested import tensors_in
 
 VERSION = "lit_basics_version"
@@ -223,12 +222,12 @@ def _described(keys: tuple[Any, ...], value: Any) -> tuple[str, str]:
 
 def previous_path(path: Path) -> Path:
     """Return where the checkpoint before ``path`` is kept."""
-    return path.with_name(_name_beside(path) + ".previous")
+    return path.with_name(name_beside(path) + ".previous")
 
 
 def checksum_path(path: Path) -> Path:
     """Return where the checksums of ``path`` and of the one before it are kept."""
-    return path.with_name(_name_beside(path) + ".sha256")
+    return path.with_name(name_beside(path) + ".sha256")
 
 
 def is_there(path: Path) -> bool:
@@ -247,11 +246,6 @@ def move_aside(path: Path) -> None:
     for name in (Path, previous_path, checksum_path):
         if name(path).exists():
             name(path).rename(name(aside))
-
-
-def _name_beside(path: Path) -> str:
-    """Return what the names of the files beside begin with: in ``hpc_ckpt_1.ckpt.sha256`` Lightning reads 1256."""
-    return path.name.replace("hpc_ckpt_", "hpc-")
 
 
 def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> dict[str, Any]:
@@ -295,44 +289,30 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint as :func:`write_checked` does."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_checked(path, buffer.getvalue())
-
-
-def write_checked(path: Path, content: bytes) -> None:
-    """Replace a file by ``content``; at every moment it or its previous one is whole and has its checksum.
+    """Write a checkpoint; at every moment it or its previous one is whole and has its checksum.
 
     Raises:
         OSError: If it cannot be written or reads back differently; the old file stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(_name_beside(path))}.*"):  # by a save that was killed
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    for left in path.parent.glob(f".{glob.escape(name_beside(path))}.*"):  # by a save that was killed
         left.unlink(missing_ok=True)
     known = known_digests(path)
-    good = _good_digest(path, known)
-    descriptor, staged = tempfile.mkstemp(prefix=f".{_name_beside(path)}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = hashlib.sha256(content).hexdigest()
-        if file_sha256(Path(staged)) != digest:
+    good, digest = _good_digest(path, known), hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+    def check_and_keep(staged: Path) -> None:
+        if file_sha256(staged) != digest:
             raise OSError(f"{path} could not be written: the disk returns other bytes")
         # before the files change: whichever of them a crash leaves, and however many crashes, their sums are listed
         stays = good or _good_digest(previous_path(path), known)
         with replace_file(checksum_path(path)) as sums:
             sums.write(json.dumps(list(dict.fromkeys([digest, *filter(None, [stays]), *known]))[:4]).encode())
-        make_public(staged)
         if good:  # a damaged file must not take the place of the good one before it
             _keep_as_previous(path)
-        os.replace(staged, path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+
+    with replace_file(path, check_and_keep) as file:
+        file.write(buffer.getbuffer())
 
 
 def _good_digest(path: Path, known: list[str]) -> str | None:
@@ -342,7 +322,7 @@ def _good_digest(path: Path, known: list[str]) -> str | None:
 
 
 def _keep_as_previous(path: Path) -> None:
-    link = path.with_name(f".{_name_beside(path)}.link")
+    link = path.with_name(f".{name_beside(path)}.link")
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)

@@ -3,9 +3,8 @@
 import hashlib
 import os
 import re
-import tempfile
-import threading
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -25,7 +24,7 @@ def local_path(path: str | Path) -> Path:
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[IO[bytes]]:
+def replace_file(path: Path, before: Callable[[Path], object] = lambda staged: None) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only when it is complete and on the disk.
 
     It is staged beside its target (the temporary folder may be another file system, where a rename is a copy),
@@ -33,32 +32,27 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
 
     Args:
         path: The file; its folder is made if need be.
+        before: Called with the staged file when it is on the disk, before it is renamed; it may refuse it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    staged = path.with_name(f".{name_beside(path)}.{secrets.token_hex(4)}")
+    file = staged.open("xb")  # unlike one of tempfile's, with the mode of new files
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        make_public(staged)
+        before(staged)
         os.replace(staged, path)
     except BaseException:
-        os.unlink(staged)
+        staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-_UMASK = threading.Lock()
-"""It can only be read by being set, in all threads."""
-
-
-def make_public(path: str) -> None:
-    """Give a file of mkstemp's, which is private, the mode that new files have."""
-    with _UMASK:
-        mask = os.umask(0)
-        os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+def name_beside(path: Path) -> str:
+    """Return what the names of the files beside begin with: in ``hpc_ckpt_1.ckpt.sha256`` Lightning reads 1256."""
+    return path.name.replace("hpc_ckpt_", "hpc-")
 
 
 def file_sha256(path: Path) -> str:

@@ -1,6 +1,6 @@
 """A crash, or a full disk, at every system call of a save leaves a checkpoint that can be loaded.
 
-Without the staging (``write_checked`` writes the file itself) the kill at the first ``write`` leaves an empty file
+Without the staging (``write_state`` writes the file itself) the kill at the first ``write`` leaves an empty file
 and nothing to load. strace counts each kind of call by itself.
 """
 
