@@ -72,9 +72,9 @@ class LitSupervised(pl.LightningModule):
             takes a while and a compiler, and rounds differently.
 
     Raises:
-        UserError: If ``steps_per_execution`` is below 1. If it is above 1, or ``automatic_optimization`` is False, and
-            the subclass overrides ``training_step``, ``optimizer_step`` or ``optimizer_zero_grad``. If one of
-            ``metrics`` is no ``Metric``, or ``lr_interval`` or ``compile_net`` is none of its values.
+        UserError: If ``steps_per_execution`` is below 1; if a subclass overrides ``training_step``, ``optimizer_step``
+            or ``optimizer_zero_grad`` and optimization is manual, which ``steps_per_execution`` above 1 implies; if one
+            of ``metrics`` is no ``Metric``; or if ``lr_interval`` or ``compile_net`` is none of its values.
     """
 
     def __init__(
