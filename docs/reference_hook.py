@@ -1,10 +1,13 @@
 """Fills the reference page with every public name of the package, so that none is forgotten."""
 
+import re
 from typing import Any
 
 import lit_basics
 
 MARKER = "<!-- every public name -->"
+SOURCE_LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./)+src/[^)]*\)")
+"""A link to a file of the checkout, for who reads the page there: the site has no such file."""
 ROOMS = {
     "modules": "Modules",
     "nets": "Nets",
@@ -22,7 +25,8 @@ ROOMS = {
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Replace the marker by one mkdocstrings directive a name, room by room."""
+    """Replace the marker by one mkdocstrings directive a name, room by room; keep only the text of source links."""
+    markdown = SOURCE_LINK.sub(r"\1", markdown)
     return markdown.replace(MARKER, directives()) if MARKER in markdown else markdown
 
 

@@ -1,4 +1,4 @@
-"""Use what a run has trained: python reload.py RUN_DIRECTORY."""
+"""Use what a run of Mine with its default width has trained: python reload.py runs/mine."""
 
 import sys
 

@@ -24,7 +24,7 @@ class MetricsCSV(Logger):
 
     The first column is ``step``, the number of completed optimizer steps; a metric that a row lacks is empty.
     Metrics of the same step share a row, and rows stand in the order of their steps: the end of the file is
-    written again when something comes late. A key that is new adds a column, for which the whole file is.
+    written again when something comes late. A new key adds a column: the whole file is then rewritten.
     (What a module logs by Lightning's ``log`` has Lightning's number, one less than the step it belongs to.)
 
     It is of one run: a step that is older than the newest 256 rows gets a row before them, out of order.

@@ -73,10 +73,9 @@ class LitSupervised(pl.LightningModule):
             takes a while and a compiler, and rounds differently.
 
     Raises:
-        UserError: If ``steps_per_execution`` is below 1, or if it is above 1, or manual optimization asked of, a
-            subclass that overrides ``training_step``, ``optimizer_step`` or ``optimizer_zero_grad``; if one of
-            ``metrics`` is no ``Metric``, or called ``loss``; or if ``lr_interval`` or ``compile_net`` is none of its
-            values.
+        UserError: If ``steps_per_execution`` is below 1; if a subclass overrides ``training_step``, ``optimizer_step``
+            or ``optimizer_zero_grad`` and optimization is manual, which ``steps_per_execution`` above 1 implies; if one
+            of ``metrics`` is no ``Metric`` or called ``loss``; or if ``lr_interval`` or ``compile_net`` is none of its values.
     """
 
     def __init__(

@@ -111,9 +111,12 @@ class LitWhitened(LitClassifier):
 class LitSpeedNet(LitWhitened):
     """SpeedNet by :class:`~lit_basics.optim.SpeedOptimizer`, all learning rates falling linearly to 0.
 
-    Later epochs may train on the hardest images of each batch only, those of the largest loss when they were trained on
-    last; ``train/loss`` is of these. Each rank chooses from its own share. In bfloat16 where the device has it, and
-    tested with six views, as :class:`LitWhitened` says.
+    Later epochs may train on the hardest images of each batch only: those whose loss was largest when they were last
+    trained on. ``train/loss`` is then the loss of these. Each rank chooses from its own share.
+
+    It computes in bfloat16 where the device has instructions for it, at every precision of the Trainer but ``64-true``;
+    weights stay float32. It tests and predicts with test-time augmentation: the mean over the image and its mirror
+    image of the centre (½) and of two diagonal shifts (¼ each).
 
     Args:
         num_classes: Number of classes.
@@ -124,7 +127,8 @@ class LitSpeedNet(LitWhitened):
             others than 1 a batch is (images, labels, indices), as of ``CIFAR10DataModule(with_indices=True)``.
         label_smoothing: As for ``nn.CrossEntropyLoss``.
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
-        lr_scheduler: Another scheduler, of ``lr_interval``.
+        lr_scheduler: Another scheduler; by default :meth:`falling_to_zero`.
+        lr_interval: Whether it steps every optimizer ``step``, the default here, or every ``epoch``.
         **kwargs: As :class:`LitClassifier`.
 
     Raises:

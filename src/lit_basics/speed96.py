@@ -27,12 +27,16 @@ class LitSpeedNet96(LitWhitened):
     """A wider and deeper SpeedNet, trained on the images of each batch that a small proxy net finds hardest.
 
     The proxy is trained beside the net, on what it has chosen, in every fourth step; half of a batch brings almost what
-    all of it would. By :class:`~lit_basics.optim.LookaheadSGD`, the learning rates rising over the first tenth of the
-    steps and falling linearly to 0. In bfloat16 where the device has it, and tested with six views, as
-    :class:`LitWhitened` says. ``train/loss`` is of the chosen images.
+    all of it would. ``train/loss`` is the loss of the chosen images. The optimizer is
+    :class:`~lit_basics.optim.LookaheadSGD`; the learning rates rise over the first tenth of the steps, then fall
+    linearly to 0.
 
-    Several ranks choose from their own shares, and need ``strategy=ddp_find_unused_parameters_true``: most steps do not
-    train the proxy.
+    It computes in bfloat16 where the device has instructions for it, at every precision of the Trainer but ``64-true``;
+    weights stay float32. It tests and predicts with test-time augmentation: the mean over the image and its mirror
+    image of the centre (½) and of two diagonal shifts (¼ each).
+
+    On several processes each rank chooses from its own share. This needs
+    ``strategy=ddp_find_unused_parameters_true``, because most steps do not train the proxy.
 
     Args:
         num_classes: Number of classes.
@@ -41,7 +45,8 @@ class LitSpeedNet96(LitWhitened):
         hardest: Share of a batch that is chosen.
         label_smoothing: As for ``nn.CrossEntropyLoss``.
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
-        lr_scheduler: Another scheduler, of ``lr_interval``.
+        lr_scheduler: Another scheduler; by default :meth:`rising_and_falling`.
+        lr_interval: Whether it steps every optimizer ``step``, the default here, or every ``epoch``.
         **kwargs: As :class:`LitClassifier`.
 
     Raises:

@@ -30,8 +30,8 @@ class GradientMonitor(FlushesRows):
     on several processes; the rows go to the Trainer's loggers with one host sync every 100 steps, or every second.
 
     Args:
-        every_n_steps: Steps between two rows. Lightning counts those of several optimizers together: of n there are n
-            rows each time, one after the other.
+        every_n_steps: Steps between two rows. Lightning counts the steps of all optimizers together: with n optimizers,
+            n successive steps are logged.
 
     Raises:
         UserError: If ``every_n_steps`` is below 1.

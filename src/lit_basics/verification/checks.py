@@ -82,19 +82,24 @@ def verify(
         train_dataloaders: As for ``Trainer.fit``.
         val_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
-        checks: Which checks to make.
-        steps: Optimizer steps of each run.
+        checks: Which checks to make, of ``loop``, ``resume``, ``manual``, ``ddp`` and ``kill``.
+        steps: Optimizer steps of each run (*ddp* makes five).
         progress: Whether to show a progress bar, on stderr.
         each: Called with each verdict as soon as it is there.
         weights_only: As for ``Trainer.fit``, for the checkpoints that are resumed from.
-        **trainer_arguments: As for ``Trainer``. The device, the loggers, the checkpoint callbacks, the numbers
-            of epochs, steps and batches are set by the checks.
+        **trainer_arguments: As for ``Trainer``. The checks themselves set the device, the loggers, the checkpoint
+            callbacks, and the numbers of epochs, steps and batches; a validation has at most 2 batches, except where
+            *ddp* counts its samples. They leave out ``max_time``, ``min_epochs``, ``min_steps``, ``fast_dev_run``,
+            ``overfit_batches``, ``profiler``, ``barebones`` and ``model_registry``.
 
     Returns:
-        The verdicts.
+        The report: ``report.passed`` is whether no check failed, ``report["loop"].outcome`` is ``"passed"``,
+        ``"failed"`` or ``"not applicable"``, ``report["loop"].text`` says how much was compared, or what failed and
+        why; ``print(report)`` shows one row a check.
 
     Raises:
-        UserError: If a check does not exist or ``steps`` is below 2.
+        UserError: If ``checks`` is empty or names a check that does not exist, if the Trainer has no argument of a
+            given name, or if ``steps`` is below 2.
     """
     if not checks:
         raise UserError(f"there is no check to make; there is {', '.join(CHECKS)}")
