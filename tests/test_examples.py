@@ -15,8 +15,6 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-README = (EXAMPLES / "own_project" / "README.md").read_text()
-
 README = EXAMPLES / "own_project" / "README.md"
 
 COMMANDS = {

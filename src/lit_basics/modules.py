@@ -75,7 +75,8 @@ class LitSupervised(pl.LightningModule):
     Raises:
         UserError: If ``steps_per_execution`` is below 1; if a subclass overrides ``training_step``, ``optimizer_step``
             or ``optimizer_zero_grad`` and optimization is manual, which ``steps_per_execution`` above 1 implies; if one
-            of ``metrics`` is no ``Metric`` or called ``loss``; or if ``lr_interval`` or ``compile_net`` is none of its values.
+            of ``metrics`` is no ``Metric`` or called ``loss``; or if ``lr_interval`` or ``compile_net`` is none of its
+            values.
     """
 
     def __init__(
