@@ -305,6 +305,8 @@ def test_without_last_ckpt_auto_goes_on_from_the_best(tmp_path, capsys):
     assert not (run / "checkpoints" / "last.ckpt").exists()
     words = ["--last_checkpoint", "true", "--trainer.max_epochs", "3"]
     capsys.readouterr()
+    assert main(["fit", "--resume", "run", *words]) == 2
+    assert "last.ckpt; to go on from the best: --resume run/checkpoints/best.ckpt" in capsys.readouterr().err
     assert main(["fit", *SMALL, "--run_dir", "run", "--resume", "auto", *words]) == 0
     assert "resuming with trainer.max_epochs 3 (was 1)" in capsys.readouterr().out
     assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
@@ -391,10 +393,12 @@ def test_another_number_of_threads_is_said(tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
     run = fit(*SMALL, "--trainer.max_epochs", "1")
     before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert main(["fit", "--resume", "run"]) == 0
+    for more, longer in ([], "max_epochs"), (["--trainer.max_epochs", "9", "--trainer.max_steps", "8"], "max_steps"):
+        assert main(["fit", "--resume", "run", *more]) == 0
+        assert f"the run is complete at step 8; --trainer.{longer} makes it longer" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -442,6 +446,9 @@ def test_a_new_run_from_a_checkpoint_has_the_learning_rate_that_was_typed(tmp_pa
         "1",
         run_dir="fell",
     )
+    scheduler = ["--model.lr_scheduler", "LinearLR"]
+    assert main(["fit", *SMALL, *words, "--run_dir", "other", *scheduler]) == 2  # it would end at three times the rate
+    assert "lr_scheduler.LinearLR, but old/checkpoints/last.ckpt was trained without" in capsys.readouterr().err
     words[1] = "fell/checkpoints/last.ckpt"
     assert main(["fit", *SMALL, *words, "--run_dir", "other"]) == 2
     assert "model.lr_scheduler.class_path is None, but" in capsys.readouterr().err

@@ -94,13 +94,13 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
         done = trainer.fit_loop.max_batches and not trainer.fast_dev_run and not has_trained(trainer)  # type: ignore[attr-defined]
-        if ckpt_path and not config.resumed and done:
-            remove_traces(made)
+        if ckpt_path and done:
             longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
-            raise UserError(
-                f"{ckpt_path} stands at step {trainer.global_step}, where this run would end: --trainer.{longer} makes "
-                "it longer"
-            )
+            step, advice = trainer.global_step, f"--trainer.{longer} makes it longer"
+            if not config.resumed:
+                remove_traces(made)
+                raise UserError(f"{ckpt_path} stands at step {step}, where this run would end: {advice}")
+            rank_zero_only(print)(f"the run is complete at step {step}; {advice}")
     except Preempted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
         saved = (directory / "checkpoints" / "last.ckpt").exists()
@@ -178,8 +178,11 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
     if found is None:
         resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
         config = Config(args)
-        if config.config.ckpt_path is not None:
-            config.config.ckpt_path = str(checkpoint_path(config.config.ckpt_path, None))
+        chosen = config.config.ckpt_path
+        if chosen in ("best", "last"):
+            raise UserError(f"--ckpt_path {chosen}: fit takes a file here, such as RUN/checkpoints/{chosen}.ckpt")
+        if chosen is not None:
+            config.config.ckpt_path = str(checkpoint_path(chosen, None))
         check_own_configs(args, run_dir)
         directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
         if resume is not None:
