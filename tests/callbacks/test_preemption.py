@@ -68,6 +68,7 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert "go on with --resume run" in error
+    assert error.count("saving the state after this step") == (number == signal.SIGINT)
     assert "Traceback" not in error
     stopped = torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 50 <= stopped < 258

@@ -1,5 +1,6 @@
 """Signals: the state is saved at the next step, then the process leaves."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -50,6 +51,7 @@ class Preemption(Checkpoint):
         self._signal = 0
         self._interrupted_at = float("inf")
         self._requeues = False
+        self._tells = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -91,6 +93,7 @@ class Preemption(Checkpoint):
                     self._previous[number] = signal.signal(number, self._handle)
         # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
         self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
+        self._tells = trainer.is_global_zero and sys.__stderr__ is not None  # else 2 may be any file
         if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):
             raise Preempted(128 + agreed)
 
@@ -99,6 +102,10 @@ class Preemption(Checkpoint):
             if time.monotonic() - self._interrupted_at > SAME_SECONDS:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
+            if self._tells:
+                self._tells = False
+                with contextlib.suppress(OSError):  # print may be what was interrupted
+                    os.write(2, b"\nCtrl-C: saving the state after this step, then leaving; again leaves at once\n")
             self._interrupted_at = min(self._interrupted_at, time.monotonic())
         self._signal = self._signal or number  # no more than this: a handler may interrupt anything
 
