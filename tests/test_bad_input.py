@@ -650,6 +650,31 @@ def test_as_a_program(tmp_path, line, fragments):
     assert snapshot(tmp_path) == {}
 
 
+ELASTIC = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
+SLURM = {name: "0" for name in ("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID")} | {"SLURM_JOB_NAME": "train"}
+
+
+@pytest.mark.parametrize(
+    ("command", "launcher", "fragment"),
+    [
+        ("fit", {**SLURM, "SLURM_NTASKS": "2"}, "trainer: You set `--ntasks=2` in your SLURM bash script"),
+        ("test", {**SLURM, "SLURM_NTASKS": "2"}, "trainer: You set `--ntasks=2` in your SLURM bash script"),
+        ("fit", {**SLURM, "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, "`--ntasks-per-node=4` does not match"),
+        ("test", ELASTIC, "the product (2 * 1) does not match the world size (4)"),
+    ],
+)
+def test_a_launcher_of_other_processes(trained, tmp_path, command, launcher, fragment):
+    """Without ``new_trainer`` and the pattern of ``_is_user_error``: a traceback, and exit code 1."""
+    words = ["test", "--run_dir", trained] if command == "test" else [*QUICK, *SMALL]
+    line = [sys.executable, "-m", "lit_basics", *words, "--config", "ddp"]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **launcher}
+    )
+    assert_short(done.stderr, fragment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert snapshot(tmp_path) == {}
+
+
 # what cannot be written or read
 
 

@@ -32,7 +32,7 @@ import lit_basics
 from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, first_line, nearest, root_cause, where
+from lit_basics.errors import UserError, first_line, nearest, root_cause, shortened, where
 from lit_basics.imports import FLAG, check_functions, import_policy
 from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import config_names, taken
@@ -494,6 +494,18 @@ def _values(content: Any, depth: int = 0) -> Iterator[None]:
 def as_list(value: Any) -> list[Any]:
     """Return what an argument of a Trainer that takes several, one or none holds."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def new_trainer(arguments: dict[str, Any]) -> pl.Trainer:
+    """Return a Trainer.
+
+    Raises:
+        UserError: If it does not take its arguments, or what a launcher such as SLURM has put into the environment.
+    """
+    try:
+        return pl.Trainer(**arguments)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(shortened(f"trainer: {first_line(error)}")) from error
 
 
 def with_durable_checkpoints(plugins: Any, min_seconds: float = 0.0) -> list[Any]:

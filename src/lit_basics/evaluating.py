@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_model
-from lit_basics.config import Config, read_config, with_durable_checkpoints, with_progress_bar
+from lit_basics.config import Config, new_trainer, read_config, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
 from lit_basics.run_directory import check_writable
@@ -44,7 +44,7 @@ def evaluate(command: str, args: list[str]) -> None:
     arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
     arguments["callbacks"].append(_EndsOnSigterm())
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
-    trainer = pl.Trainer(**arguments)
+    trainer = new_trainer(arguments)
     known: dict[str, Any] = {
         "datamodule": config.datamodule,
         "ckpt_path": None if loaded else str(path),

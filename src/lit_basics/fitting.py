@@ -25,6 +25,7 @@ from lit_basics.config import (
     PRINT,
     Config,
     as_list,
+    new_trainer,
     read_config,
     with_durable_checkpoints,
     with_progress_bar,
@@ -316,10 +317,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     arguments["callbacks"] = callbacks
     arguments["profiler"] = arguments["profiler"] or _NoProfiler()
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
-    try:
-        return pl.Trainer(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(shortened(f"trainer: {first_line(error)}")) from error
+    return new_trainer(arguments)
 
 
 def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], directory: Path) -> None:
