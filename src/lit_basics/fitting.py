@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
-from lit_basics.callbacks.preemption import Preempted, Preemption
+from lit_basics.callbacks.preemption import Preempted, Preemption, let_launcher_leave
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import is_restoring, load_weights, unloadable
 from lit_basics.config import (
@@ -116,6 +116,9 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
     except NonFiniteError as error:
         failed = True
         rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory, trainer)}", file=sys.stderr)
+        if trainer is not None and trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            let_launcher_leave(trainer.world_size)
         raise SystemExit(1) from error
     except Exception as error:
         failed = True

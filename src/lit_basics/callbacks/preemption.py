@@ -21,8 +21,8 @@ from lit_basics.recording import compute_logged
 
 SAME_SECONDS = 1.0
 """Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""
-LAUNCHER_SECONDS = 60.0
-"""How long a process waits for the one that has started it to leave first."""
+LAUNCHER_SECONDS = 180.0
+"""How long a process waits for the one that has started it to leave first, which may have to finish a W&B run."""
 
 
 class Preempted(SystemExit):
@@ -132,7 +132,7 @@ class Preemption(Checkpoint):
         if number == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
             _requeue()
         if trainer.world_size > 1:
-            _let_launcher_leave(trainer.world_size)
+            let_launcher_leave(trainer.world_size)
         raise Preempted(128 + number)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,10 +158,11 @@ def _highest(number: int, trainer: pl.Trainer) -> int:
     return int(agreed)
 
 
-def _let_launcher_leave(world_size: int) -> None:
+def let_launcher_leave(world_size: int) -> None:
     """Wait until the rank that has started this process has left, if one has.
 
-    Lightning's launcher kills its own process when one that it has started ends with a code other than 0.
+    Lightning's launcher kills its own process when one that it has started ends with a code other than 0. All ranks
+    must be here.
     """
     ranks: list[Any] = [0] * world_size
     torch.distributed.all_gather_object(ranks, os.getpid())
