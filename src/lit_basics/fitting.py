@@ -43,6 +43,7 @@ from lit_basics.resuming import (
     CONFIG,
     OPTIMIZER,
     OptimizerArguments,
+    RestoredRate,
     ResumedData,
     changed_arguments,
     check_arguments,
@@ -315,6 +316,8 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     callbacks += [RandomState(), _RunFiles(config, directory)]
     if config.optimizer_arguments:
         callbacks.insert(0, OptimizerArguments(config.optimizer_arguments))  # may refuse: before files are written
+    if config.config.ckpt_path and (not config.resumed or config.config.resume_reset):
+        callbacks.append(RestoredRate())
     if config.resumed:
         callbacks.insert(0, ResumedData(config.config.resume_reset))
     arguments["callbacks"] = callbacks

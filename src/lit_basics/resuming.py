@@ -315,6 +315,30 @@ class OptimizerArguments(pl.Callback):
                 scheduler.base_lrs = [self.arguments["lr"]] * len(scheduler.base_lrs)
 
 
+class RestoredRate(pl.Callback):
+    """Says where a checkpoint has brought another learning rate than the one that the optimizer was made with."""
+
+    def __init__(self) -> None:
+        self._made: list[float] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the optimizers, which have just been made."""
+        self._made = _rates(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look again, after the restore and after :class:`OptimizerArguments`."""
+        for made, restored in zip(self._made, _rates(trainer), strict=False):
+            if made != restored:
+                rank_zero_only(print)(f"the learning rate is that of {trainer.ckpt_path}, {restored:g}, not {made:g}")
+                break
+
+
+def _rates(trainer: pl.Trainer) -> list[float]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups if "lr" in group]
+    key = "initial_lr" if trainer.lr_scheduler_configs else "lr"
+    return [float(group.get(key, group["lr"])) for group in groups]
+
+
 def check_arguments(trainer: pl.Trainer, arguments: dict[str, Any]) -> None:
     """Check that the Trainer's optimizers can be given new arguments beside a checkpoint's state.
 
