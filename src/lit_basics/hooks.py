@@ -124,7 +124,7 @@ class TrainingHooks(FlushesRows):
         for name, gradient in state["gradients"].items():
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        metrics = state.get("metrics", {})  # of a validation earlier in the epoch; not in files of earlier versions
+        metrics = state["metrics"]  # of a validation earlier in the epoch
         trainer.callback_metrics.update({n: torch.tensor(value, dtype=torch.float64) for n, value in metrics.items()})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
