@@ -1,6 +1,8 @@
 """Signals: the state is saved at the next step, then the process leaves."""
 
 import contextlib
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -14,6 +16,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data._utils.worker import _worker_loop  # private, as _target below: else workers look like others
 
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary, go_behind
 from lit_basics.errors import UserError
@@ -23,6 +27,7 @@ SAME_SECONDS = 1.0
 """Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""
 LAUNCHER_SECONDS = 180.0
 """How long a process waits for the one that has started it to leave first, which may have to finish a W&B run."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Preempted(SystemExit):
@@ -35,8 +40,9 @@ class Preemption(Checkpoint):
     The exit code is 143 (SIGTERM), 130 (SIGINT, Ctrl-C), 138 (SIGUSR1, which SLURM sends before the end of
     the time if asked to) or 129 (SIGHUP, of a terminal that is closed; ``nohup`` has it ignored, as here). All ranks
     stop at the same step if one gets the signal, and none leaves before the state is on the disk. A second Ctrl-C
-    leaves at once. Handlers are installed while training runs, in the main thread only. It goes behind all other
-    callbacks.
+    leaves at once. Handlers are installed while training runs, in the main thread only. A signal to the whole process
+    group, such as Ctrl-C in a terminal or that of ``timeout``, ends no worker of a DataLoader that is forked in a fit:
+    the main process ends them. It goes behind all other callbacks.
 
     Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
     would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
@@ -51,7 +57,8 @@ class Preemption(Checkpoint):
         self._signal = 0
         self._interrupted_at = float("inf")
         self._requeues = False
-        self._tells = False
+        self._telling = 0  # the process that tells of a Ctrl-C
+        self._shields = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -71,6 +78,14 @@ class Preemption(Checkpoint):
             self._last = same[0]
         else:
             self._last.setup(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:  # the workers of the first epoch are forked before training starts
+            self._shields = True
+            multiprocessing.util.register_after_fork(self, Preemption._shield)
+
+    def _shield(self) -> None:
+        """Block the signals in a DataLoader's worker; torch's own handler of SIGTERM would end it, and the fit."""
+        if self._shields and getattr(multiprocessing.current_process(), "_target", None) is _worker_loop:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go behind all other callbacks, also behind ``last``, which has gone behind the others at its setup."""
@@ -88,12 +103,13 @@ class Preemption(Checkpoint):
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._interrupted_at = 0, float("inf")
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            for number in SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
         self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
-        self._tells = trainer.is_global_zero and sys.__stderr__ is not None  # else 2 may be any file
+        if trainer.is_global_zero and sys.__stderr__ is not None:  # else 2 may be any file
+            self._telling = os.getpid()
         if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):
             raise Preempted(128 + agreed)
 
@@ -102,8 +118,8 @@ class Preemption(Checkpoint):
             if time.monotonic() - self._interrupted_at > SAME_SECONDS:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
-            if self._tells:
-                self._tells = False
+            if self._telling == os.getpid():
+                self._telling = 0
                 with contextlib.suppress(OSError):  # print may be what was interrupted
                     os.write(2, b"\nCtrl-C: saving the state after this step, then leaving; again leaves at once\n")
             self._interrupted_at = min(self._interrupted_at, time.monotonic())
@@ -143,7 +159,12 @@ class Preemption(Checkpoint):
         """Put the earlier handlers back."""
         self._restore()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave later workers alone, also after a fit in which nothing was left to train."""
+        self._restore()
+
     def _restore(self) -> None:
+        self._shields = False
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
