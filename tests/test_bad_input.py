@@ -162,6 +162,12 @@ def assert_short(message, *fragments):
         # the Trainer
         ("fit --config quickstart --trainer.accelerator cudda", ["cudda", "'cuda'"]),
         ("fit --config quickstart --trainer.strategy ddpp", ["ddpp", "'ddp'"]),
+        ("fit --config quickstart --trainer.strategy ddp_spawn", ["strategy: ddp_spawn is", "by command it is ddp"]),
+        ("test --config quickstart --trainer.strategy ddp_fork_find_unused_parameters_true", ["it is ddp"]),
+        (
+            "fit --config quickstart --trainer.strategy DDPStrategy --trainer.strategy.start_method forkserver",
+            ["start_method='forkserver' is", "by command it is ddp"],
+        ),
         ("fit --config quickstart --trainer.devices two", ["devices"]),
         ("fit --config quickstart --trainer.devices 0", ["devices"]),
         ("fit --config quickstart --trainer.max_epochs -5", ["max_epochs", "-5"]),
@@ -548,7 +554,8 @@ def test_a_damaged_checkpoint_gives_the_terminal_no_orders(refused, tmp_path):
 
 @pytest.mark.parametrize("name", ["best", "last", "other"])
 def test_fit_from_a_checkpoint_that_has_no_run(refused, name):
-    refused([*QUICK, *SMALL, "--ckpt_path", name], "--ckpt_path" if name != "other" else "other")
+    told = "no checkpoint other" if name == "other" else f"fit takes a file here, such as RUN/checkpoints/{name}.ckpt"
+    refused([*QUICK, *SMALL, "--ckpt_path", name], told)
 
 
 def test_nothing_to_validate_on(refused, trained):
@@ -643,6 +650,31 @@ def test_as_a_program(tmp_path, line, fragments):
     assert snapshot(tmp_path) == {}
 
 
+ELASTIC = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}
+SLURM = {name: "0" for name in ("SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID")} | {"SLURM_JOB_NAME": "train"}
+
+
+@pytest.mark.parametrize(
+    ("command", "launcher", "fragment"),
+    [
+        ("fit", {**SLURM, "SLURM_NTASKS": "2"}, "trainer: You set `--ntasks=2` in your SLURM bash script"),
+        ("test", {**SLURM, "SLURM_NTASKS": "2"}, "trainer: You set `--ntasks=2` in your SLURM bash script"),
+        ("fit", {**SLURM, "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, "`--ntasks-per-node=4` does not match"),
+        ("test", ELASTIC, "the product (2 * 1) does not match the world size (4)"),
+    ],
+)
+def test_a_launcher_of_other_processes(trained, tmp_path, command, launcher, fragment):
+    """Without ``new_trainer`` and the pattern of ``_is_user_error``: a traceback, and exit code 1."""
+    words = ["test", "--run_dir", trained] if command == "test" else [*QUICK, *SMALL]
+    line = [sys.executable, "-m", "lit_basics", *words, "--config", "ddp"]
+    done = subprocess.run(
+        line, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **launcher}
+    )
+    assert_short(done.stderr, fragment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert snapshot(tmp_path) == {}
+
+
 # what cannot be written or read
 
 
@@ -685,6 +717,20 @@ def test_resuming_on_a_disk_that_cannot_be_written(refused, trained, small_disk)
     refused(words, "cannot be written", "No space left")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     refused(words, "cannot be written", "Read-only")
+
+
+def test_predictions_that_cannot_be_written(refused, trained, small_disk):
+    """Without the look before, the whole test set is predicted first, and a hidden temporary file named."""
+    (small_disk / "ballast").unlink()
+    shutil.copytree(trained, small_disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    run = small_disk / "run"
+    refused(["predict", "--run_dir", run], f"{run} cannot be written: Read-only", "--run_dir may name another")
+    config, checkpoint = run / "config.yaml", run / "checkpoints" / "best.ckpt"
+    words = ["predict", "--config", config, "--ckpt_path", checkpoint]
+    refused([*words, "--run_dir", small_disk / "other" / "one"], f"{small_disk} cannot be written")
+    assert main([*map(str, words), "--run_dir", "other/one"]) == 0
+    assert Path("other/one/predictions.npz").is_file()
 
 
 def test_a_checkpoint_that_cannot_be_read(refused, trained, tmp_path):

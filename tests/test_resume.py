@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_basics import BestLossCheckpoint, LitClassifier, RandomState, SyntheticCIFAR10, fitting
+from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, RandomState, SyntheticCIFAR10, fitting
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
@@ -305,6 +305,8 @@ def test_without_last_ckpt_auto_goes_on_from_the_best(tmp_path, capsys):
     assert not (run / "checkpoints" / "last.ckpt").exists()
     words = ["--last_checkpoint", "true", "--trainer.max_epochs", "3"]
     capsys.readouterr()
+    assert main(["fit", "--resume", "run", *words]) == 2
+    assert "last.ckpt; to go on from the best: --resume run/checkpoints/best.ckpt" in capsys.readouterr().err
     assert main(["fit", *SMALL, "--run_dir", "run", "--resume", "auto", *words]) == 0
     assert "resuming with trainer.max_epochs 3 (was 1)" in capsys.readouterr().out
     assert_equal(newest(run)["state_dict"], newest(whole)["state_dict"])
@@ -391,10 +393,12 @@ def test_another_number_of_threads_is_said(tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
     run = fit(*SMALL, "--trainer.max_epochs", "1")
     before = {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert main(["fit", "--resume", "run"]) == 0
+    for more, longer in ([], "max_epochs"), (["--trainer.max_epochs", "9", "--trainer.max_steps", "8"], "max_steps"):
+        assert main(["fit", "--resume", "run", *more]) == 0
+        assert f"the run is complete at step 8; --trainer.{longer} makes it longer" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -442,9 +446,31 @@ def test_a_new_run_from_a_checkpoint_has_the_learning_rate_that_was_typed(tmp_pa
         "1",
         run_dir="fell",
     )
+    scheduler = ["--model.lr_scheduler", "LinearLR"]
+    assert main(["fit", *SMALL, *words, "--run_dir", "other", *scheduler]) == 2  # it would end at three times the rate
+    assert "lr_scheduler.LinearLR, but old/checkpoints/last.ckpt was trained without" in capsys.readouterr().err
     words[1] = "fell/checkpoints/last.ckpt"
     assert main(["fit", *SMALL, *words, "--run_dir", "other"]) == 2
     assert "model.lr_scheduler.class_path is None, but" in capsys.readouterr().err
+
+
+def test_the_learning_rate_of_a_checkpoint_of_ones_own_script_is_said(tmp_path, capsys):
+    """Lightning restores it, and what was typed would be passed over without a word."""
+    halved = {"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5)}
+    model = LitBlitzNet(optimizer=lambda p: torch.optim.SGD(p, lr=0.04), **halved)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, logger=False)
+    trainer.fit(model, SyntheticCIFAR10(60, 10, batch_size=8))
+    trainer.save_checkpoint("own.ckpt")
+    words = ["--model", "LitBlitzNet", "--data", "SyntheticCIFAR10", *SMALL[2:], "--ckpt_path", "own.ckpt"]
+    words += ["--trainer.max_epochs", "2", "--model.optimizer", "SGD", "--model.optimizer.lr"]
+    fall = ["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "1"]
+    capsys.readouterr()
+    assert rates(metrics(fit(*words, "0.3", run_dir="other")), 8) == {0.02}
+    assert "the learning rate is that of own.ckpt, 0.02, not 0.3\n" in capsys.readouterr().out
+    fit(*words, "0.3", *fall, run_dir="falls")
+    assert "the learning rate is that of own.ckpt, 0.04, not 0.3\n" in capsys.readouterr().out
+    fit(*words, "0.04", *fall, run_dir="same")
+    assert "the learning rate is" not in capsys.readouterr().out
 
 
 OWN = """

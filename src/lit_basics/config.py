@@ -32,7 +32,7 @@ import lit_basics
 from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, first_line, nearest, root_cause, where
+from lit_basics.errors import UserError, first_line, nearest, root_cause, shortened, where
 from lit_basics.imports import FLAG, check_functions, import_policy
 from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import config_names, taken
@@ -327,7 +327,7 @@ def check_trainer(settings: Any) -> None:
     """Refuse, before anything is written, a Trainer that cannot be made on this machine.
 
     Raises:
-        UserError: If the settings are no keys and values, or name no accelerator or strategy that there is.
+        UserError: If the settings are no keys and values, or name no accelerator or strategy that there is by command.
     """
     if not isinstance(settings, jsonargparse.Namespace) or "accelerator" not in settings:
         raise UserError(f"trainer is {settings}; it must hold keys and values, such as max_epochs: 3")
@@ -342,6 +342,10 @@ def check_trainer(settings: Any) -> None:
         value = settings[key]
         if isinstance(value, str) and value not in valid:
             raise UserError(f"trainer.{key}: there is no {key} {value}{nearest(value, valid)}")
+    # there children train, and this process would take the run for one that made no step
+    children = re.search(r"ddp_(spawn|fork|notebook)\w*|start_method='(spawn|fork)\w*'", str(settings.strategy))
+    if children:
+        raise UserError(f"trainer.strategy: {children[0]} is for a Trainer of your own; by command it is ddp")
     if isinstance(settings.devices, str) and not re.fullmatch(r"auto|-1|[0-9, ]+", settings.devices):
         raise UserError(f"trainer.devices is {settings.devices}; it must be auto, a number, or a list of numbers")
     for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
@@ -490,6 +494,18 @@ def _values(content: Any, depth: int = 0) -> Iterator[None]:
 def as_list(value: Any) -> list[Any]:
     """Return what an argument of a Trainer that takes several, one or none holds."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def new_trainer(arguments: dict[str, Any]) -> pl.Trainer:
+    """Return a Trainer.
+
+    Raises:
+        UserError: If it does not take its arguments, or what a launcher such as SLURM has put into the environment.
+    """
+    try:
+        return pl.Trainer(**arguments)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(shortened(f"trainer: {first_line(error)}")) from error
 
 
 def with_durable_checkpoints(plugins: Any, min_seconds: float = 0.0) -> list[Any]:

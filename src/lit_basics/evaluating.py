@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_basics.checkpoint_io import is_restoring, load_weights, of_another_model
-from lit_basics.config import Config, read_config, with_durable_checkpoints, with_progress_bar
+from lit_basics.config import Config, new_trainer, read_config, with_durable_checkpoints, with_progress_bar
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
+from lit_basics.run_directory import check_writable
 from lit_basics.words import config_names, option, path_option
 
 
@@ -30,6 +31,10 @@ def evaluate(command: str, args: list[str]) -> None:
     if run is not None:
         config.drop_repeated(run)
     path = checkpoint_path(config.config.ckpt_path, directory)
+    folder = Path(directory) if directory else path.parent
+    if command == "predict":
+        elsewhere = "beside --config and --ckpt_path, --run_dir may name another for the predictions"
+        check_writable(next(there for there in (folder, *folder.parents) if there.exists()), elsewhere)
     config.config.trainer.logger = False  # not even made: its package may be missing here
     config.build()
     loaded = load_weights(config.model, path)
@@ -39,7 +44,7 @@ def evaluate(command: str, args: list[str]) -> None:
     arguments["callbacks"] = [callback for callback in arguments["callbacks"] if not isinstance(callback, Checkpoint)]
     arguments["callbacks"].append(_EndsOnSigterm())
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
-    trainer = pl.Trainer(**arguments)
+    trainer = new_trainer(arguments)
     known: dict[str, Any] = {
         "datamodule": config.datamodule,
         "ckpt_path": None if loaded else str(path),
@@ -49,7 +54,7 @@ def evaluate(command: str, args: list[str]) -> None:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
     try:
         if command == "predict":
-            _predict(trainer, config.model, known, Path(directory) if directory else path.parent)
+            _predict(trainer, config.model, known, folder)
             return
         evaluate_method = trainer.validate if command == "validate" else trainer.test
         evaluate_method(config.model, **known, verbose=False)

@@ -18,13 +18,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
-from lit_basics.callbacks.preemption import Preempted, Preemption
+from lit_basics.callbacks.preemption import Preempted, Preemption, let_launcher_leave
 from lit_basics.callbacks.random_state import RandomState
 from lit_basics.checkpoint_io import is_restoring, load_weights, unloadable
 from lit_basics.config import (
     PRINT,
     Config,
     as_list,
+    new_trainer,
     read_config,
     with_durable_checkpoints,
     with_progress_bar,
@@ -42,6 +43,7 @@ from lit_basics.resuming import (
     CONFIG,
     OPTIMIZER,
     OptimizerArguments,
+    RestoredRate,
     ResumedData,
     changed_arguments,
     check_arguments,
@@ -94,13 +96,13 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
         done = trainer.fit_loop.max_batches and not trainer.fast_dev_run and not has_trained(trainer)  # type: ignore[attr-defined]
-        if ckpt_path and not config.resumed and done:
-            remove_traces(made)
+        if ckpt_path and done:
             longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
-            raise UserError(
-                f"{ckpt_path} stands at step {trainer.global_step}, where this run would end: --trainer.{longer} makes "
-                "it longer"
-            )
+            step, advice = trainer.global_step, f"--trainer.{longer} makes it longer"
+            if not config.resumed:
+                remove_traces(made)
+                raise UserError(f"{ckpt_path} stands at step {step}, where this run would end: {advice}")
+            rank_zero_only(print)(f"the run is complete at step {step}; {advice}")
     except Preempted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
         saved = (directory / "checkpoints" / "last.ckpt").exists()
@@ -115,6 +117,9 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
     except NonFiniteError as error:
         failed = True
         rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory, trainer)}", file=sys.stderr)
+        if trainer is not None and trainer.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            let_launcher_leave(trainer.world_size)
         raise SystemExit(1) from error
     except Exception as error:
         failed = True
@@ -178,8 +183,11 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
     if found is None:
         resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
         config = Config(args)
-        if config.config.ckpt_path is not None:
-            config.config.ckpt_path = str(checkpoint_path(config.config.ckpt_path, None))
+        chosen = config.config.ckpt_path
+        if chosen in ("best", "last"):
+            raise UserError(f"--ckpt_path {chosen}: fit takes a file here, such as RUN/checkpoints/{chosen}.ckpt")
+        if chosen is not None:
+            config.config.ckpt_path = str(checkpoint_path(chosen, None))
         check_own_configs(args, run_dir)
         directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
         if resume is not None:
@@ -308,15 +316,14 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     callbacks += [RandomState(), _RunFiles(config, directory)]
     if config.optimizer_arguments:
         callbacks.insert(0, OptimizerArguments(config.optimizer_arguments))  # may refuse: before files are written
+    if config.config.ckpt_path and (not config.resumed or config.config.resume_reset):
+        callbacks.append(RestoredRate())
     if config.resumed:
         callbacks.insert(0, ResumedData(config.config.resume_reset))
     arguments["callbacks"] = callbacks
     arguments["profiler"] = arguments["profiler"] or _NoProfiler()
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
-    try:
-        return pl.Trainer(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(shortened(f"trainer: {first_line(error)}")) from error
+    return new_trainer(arguments)
 
 
 def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], directory: Path) -> None:

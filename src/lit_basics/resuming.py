@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, OneCycleLR, SequentialLR
 
-from lit_basics.checkpoint_io import is_whole, load_checked, previous_path
+from lit_basics.checkpoint_io import is_there, is_whole, load_checked
 from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
 
@@ -61,6 +61,9 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
         return None
     path = Path(resume)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    best = checkpoint.with_name("best.ckpt")
+    if path.is_dir() and is_there(best) and not is_there(checkpoint):
+        raise UserError(f"there is no checkpoint {checkpoint}; to go on from the best: --resume {best}")
     load_checked(checkpoint)
     own = path if path.is_dir() else checkpoint.absolute().parent.parent
     if run_dir and own.resolve() != Path(run_dir).resolve() and (own / "config.yaml").is_file():
@@ -80,7 +83,7 @@ def _newest_good(directory: Path) -> tuple[Path | None, list[str]]:
     damages = []
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint = directory / "checkpoints" / name
-        if not checkpoint.exists() and not previous_path(checkpoint).exists():
+        if not is_there(checkpoint):
             continue
         try:
             load_checked(checkpoint)
@@ -163,6 +166,9 @@ def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]
         UserError: If the optimizer or the scheduler is another: Lightning gives it the checkpoint's state.
     """
     before, after, arguments = trained_config(checkpoint), flat(typed), {}
+    scheduler = f"{SCHEDULER_CLASS}class_path"
+    if before and scheduler in after and scheduler not in before:  # it would begin from groups without an initial_lr
+        raise UserError(f"model.lr_scheduler is {after[scheduler]}, but {checkpoint} was trained without one")
     for key, old in before.items():
         if not key.startswith((OPTIMIZER_CLASS, SCHEDULER_CLASS)) or after.get(key) == old:
             continue
@@ -307,6 +313,30 @@ class OptimizerArguments(pl.Callback):
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             if "lr" in self.arguments and hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [self.arguments["lr"]] * len(scheduler.base_lrs)
+
+
+class RestoredRate(pl.Callback):
+    """Says where a checkpoint has brought another learning rate than the one that the optimizer was made with."""
+
+    def __init__(self) -> None:
+        self._made: list[float] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the optimizers, which have just been made."""
+        self._made = _rates(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look again, after the restore and after :class:`OptimizerArguments`."""
+        for made, restored in zip(self._made, _rates(trainer), strict=False):
+            if made != restored:
+                rank_zero_only(print)(f"the learning rate is that of {trainer.ckpt_path}, {restored:g}, not {made:g}")
+                break
+
+
+def _rates(trainer: pl.Trainer) -> list[float]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups if "lr" in group]
+    key = "initial_lr" if trainer.lr_scheduler_configs else "lr"
+    return [float(group.get(key, group["lr"])) for group in groups]
 
 
 def check_arguments(trainer: pl.Trainer, arguments: dict[str, Any]) -> None:

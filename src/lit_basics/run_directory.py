@@ -65,7 +65,7 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
                 f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"
             )
     except OSError as error:
-        raise _not_writable(directory, error) from error
+        raise _not_writable(directory, error, "choose one by --run_dir") from error
     try:
         check_writable(directory)
     except UserError:
@@ -122,8 +122,12 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def check_writable(directory: Path) -> None:
+def check_writable(directory: Path, advice: str = "choose one by --run_dir") -> None:
     """Refuse a directory on a disk that is full or read-only, before a run's first step.
+
+    Args:
+        directory: The run's directory.
+        advice: What else to do.
 
     Raises:
         UserError: If a file of :data:`TRIAL` bytes cannot be written into it.
@@ -134,13 +138,11 @@ def check_writable(directory: Path) -> None:
             file.flush()
             os.fsync(file.fileno())  # some disks are full only then
     except OSError as error:
-        raise _not_writable(directory, error) from error
+        raise _not_writable(directory, error, advice) from error
 
 
-def _not_writable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"the run directory {directory} cannot be written: {error.strerror or error}; choose one by --run_dir"
-    )
+def _not_writable(directory: Path, error: OSError, advice: str) -> UserError:
+    return UserError(f"the run directory {directory} cannot be written: {error.strerror or error}; {advice}")
 
 
 def share(directory: Path) -> None:

@@ -56,6 +56,7 @@ def _is_user_error(error: Exception) -> bool:
         r"can.t allocate memory|not enough memory",
         r"is not installed|pip install",
         r"When using the learning rate finder",
+        r"^You set `",  # other processes than SLURM or torchrun has started
     )
     return any(re.search(pattern, str(error)) for pattern in patterns)
 

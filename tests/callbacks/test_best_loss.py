@@ -194,6 +194,38 @@ def test_the_last_state_is_that_of_the_training_not_its_average(tmp_path):
     assert_equal(ends[2], ends[0])
 
 
+class PastLightning(LitBlitzNet):
+    """Steps an optimizer of its own, so that ``global_step`` stays 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        self.own = torch.optim.SGD(self.parameters(), 0.01)
+
+    def training_step(self, batch, batch_idx):
+        self.own.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        self.own.step()
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("stop", [None, 6])
+def test_the_last_state_of_a_module_that_steps_past_lightning(stop, tmp_path):
+    """By ``global_step`` alone all that follows the first save is saved already."""
+
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop |= trainer.fit_loop.total_batch_idx + 1 == stop
+
+    saver, module = last.LastCheckpoint(str(tmp_path)), PastLightning()
+    fitted = trainer(Stops(), saver, max_epochs=3)
+    fitted.fit(module, datamodule=data(val_size=16))
+    assert fitted.global_step == 0
+    assert_equal(torch.load(saver.path, weights_only=True)["state_dict"], module.state_dict())
+
+
 @pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}])
 def test_where_neither_loss_is_logged_it_says_so_once_and_stays_off(settings, tmp_path):
     """Without ``_off`` Lightning's ModelCheckpoint ends the run."""

@@ -1,5 +1,6 @@
 """Real processes, really signalled."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -34,13 +35,17 @@ def start(run_dir, *more):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
     )
+    wait_for_rows(process, run_dir, 60)
+    return process
+
+
+def wait_for_rows(process, run_dir, number):
     rows = Path(run_dir) / "metrics.csv"
     deadline = time.monotonic() + 120
-    while not rows.is_file() or rows.read_text().count("\n") < 60:
+    while not rows.is_file() or rows.read_text().count("\n") < number:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +73,58 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert "go on with --resume run" in error
+    assert error.count("saving the state after this step") == (number == signal.SIGINT)
     assert "Traceback" not in error
     stopped = torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 50 <= stopped < 258
     assert main(["fit", "--resume", "run"]) == 0
     check(whole, Path("run"))
+
+
+SLOW = """
+import time
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+class Images(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        time.sleep(0.1)
+        return torch.full((3, 32, 32), index / 32), index % 10
+
+class Slow(pl.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(Images(), batch_size=4, num_workers=2)
+"""
+
+
+@pytest.mark.parametrize(("number", "rows"), [(signal.SIGTERM, 3), (signal.SIGTERM, 11), (signal.SIGINT, 3)])
+def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(number, rows, tmp_path, monkeypatch):
+    """Without ``_shield`` the fit ends in RuntimeError: DataLoader worker exited unexpectedly, and nothing is saved."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "slow.py").write_text(SLOW)
+    program = [sys.executable, "-m", "lit_basics", "fit"]
+    words = ["--model", "LitBlitzNet", "--data", "slow.Slow", "--trainer.max_epochs", "2", "--run_dir", "run"]
+    words += ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
+    process = subprocess.Popen(
+        [*program, *words], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible
+    )
+    wait_for_rows(process, "run", rows)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == NUMBERS[number], error
+    assert error.count("the state is saved") == 1
+    assert error.count("again leaves at once") == (number == signal.SIGINT)
+    assert "Error" not in error
+    assert (
+        torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] >= rows - 1
+    )  # one line is the header
+    done = subprocess.run([*program, "--resume", "run"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 16
 
 
 def in_a_project(saver, **settings):

@@ -99,7 +99,7 @@ def test_verify_passes_it(data):
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_the_state_of_the_device_that_is_trained_on_is_kept(kind, monkeypatch):
-    """By stand-ins for what torch has of GPUs; before, the states of all were restored if there were as many."""
+    """By stand-ins for what torch has of GPUs."""
     states = {torch.device(kind, 0): torch.tensor([1]), torch.device(kind, 3): torch.tensor([2])}
     module = getattr(torch, kind)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -110,16 +110,3 @@ def test_the_state_of_the_device_that_is_trained_on_is_kept(kind, monkeypatch):
     assert torch.equal(states[torch.device(kind, 0)], torch.tensor([2]))
     with pytest.warns(UserWarning, match=f"the run was on {kind}, here it is on cpu"):
         set_generator_states(saved)
-
-
-def test_a_file_of_an_earlier_version_has_the_states_of_all_gpus():
-    """Where there are as many they are restored, else it is said."""
-    torch.manual_seed(7)
-    states = generator_states()
-    expected = torch.rand(3)
-    del states["device"]
-    set_generator_states({**states, "cuda": []})
-    assert torch.equal(torch.rand(3), expected)
-    with pytest.warns(UserWarning, match="the run saw 2 GPUs, here are 0"):
-        set_generator_states({**states, "cuda": [torch.tensor([1]), torch.tensor([2])]}, torch.device("cuda", 0))
-    assert torch.equal(torch.rand(3), expected)

@@ -1,7 +1,7 @@
 """Two processes, by Lightning's launcher and by torchrun: killed, and stopped by a signal to one of them.
 
 Without the agreement of ``Preemption`` (``_highest``) the ranks hang or stop at different steps; without
-``_let_launcher_leave`` Lightning's launcher may kill rank 0 (-9) in place of 143; without
+``let_launcher_leave`` Lightning's launcher may kill rank 0 (-9) in place of 143; without
 ``ending_with_launcher`` rank 1 outlives a rank 0 that is killed early.
 """
 
@@ -80,9 +80,25 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_0_that_leaves_slowly_is_not_killed_by_its_launcher(tmp_path, monkeypatch):
-    """Without ``_let_launcher_leave``: Lightning looks every five seconds whether rank 1 has left, and kills."""
+    """Without ``let_launcher_leave``: Lightning looks every five seconds whether rank 1 has left, and kills."""
     monkeypatch.setenv("RANK_0_LEAVES_IN", "8")
     check_stopped("lightning", "rank 1", 30, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_guard_lets_rank_0_leave_slowly_too(tmp_path, monkeypatch):
+    """Without ``let_launcher_leave`` it is killed while it writes its checkpoint, or finishes a W&B run."""
+    monkeypatch.setenv("RANK_0_LEAVES_IN", "8")
+    started = job("lightning", tmp_path / "run", "--model.optimizer.lr", "1e30", "--model.activation", "relu")
+    try:
+        started.wait_for(started.ranks)
+        ranks = started.ranks()
+        codes, _ = started.wait(ranks)
+    finally:
+        started.end()
+    said = started.output.read_text()
+    assert [codes[pid] for pid in ranks] == [1, 1], (codes, said)
+    assert said.count("lit_basics: ") == 1
 
 
 @pytest.mark.slow

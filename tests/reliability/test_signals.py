@@ -120,4 +120,6 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
         assert started.process.wait(20) == -signal.SIGINT
     finally:
         started.end()
-    assert not re.search("Traceback", started.output.read_text())
+    said = started.output.read_text()
+    assert said.count("again leaves at once") == 1
+    assert not re.search("Traceback", said)

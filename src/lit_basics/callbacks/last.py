@@ -41,10 +41,10 @@ class LastCheckpoint(Checkpoint):
         self.best_model_path = ""
         """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
-        self._saved_step = -1
+        self._saved: tuple[int, int] | None = None  # the place of the newest save
         self._asked = False
         self._begins = False  # a new run, beside the file of another
-        self._ended_step = -1  # that of a save within the epoch, at the end of training
+        self._ended: tuple[int, int] | None = None  # that of a save within the epoch, at the end of training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Go behind all other callbacks: the best is for them to say. One that ``Preemption`` alone has joins them."""
@@ -53,8 +53,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and warn if this run begins anew where another has saved."""
         self._saved_at = time.monotonic() - MIN_SECONDS
-        self._saved_step = trainer.global_step or -1  # a resumed run that makes no step has nothing to save
-        self._ended_step = -1
+        begun = place(trainer) > (0, -1)
+        self._saved = place(trainer) if begun else None  # a resumed run that makes no step has nothing to save
+        self._ended = None
         # after a search for a learning rate ckpt_path is that of the search
         anew = not trainer.ckpt_path or trainer.fit_loop.total_batch_idx < 0
         self._begins = anew and not self.best_model_path and is_there(self.path)
@@ -88,7 +89,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the last save is less than ten seconds old."""
         compute_logged(trainer)
-        if self._ended_step == trainer.global_step:
+        if self._ended == place(trainer):
             return
         ends = trainer.should_stop or ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
         if ends and any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
@@ -98,14 +99,14 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state."""
-        if self._saved_step != trainer.global_step:
+        if self._saved != place(trainer):
             self.save(trainer)
 
     def _save_end(self, trainer: pl.Trainer) -> None:
         """Save within the epoch, which Lightning is about to count as done."""
-        if self._ended_step != trainer.global_step:
+        if self._ended != place(trainer):
             self.save(trainer)
-            self._ended_step = trainer.global_step
+            self._ended = place(trainer)
 
     def _save_if_older(self, trainer: pl.Trainer, seconds: float) -> None:
         due = self._is_older(seconds)
@@ -124,7 +125,12 @@ class LastCheckpoint(Checkpoint):
         self._begins = False
         trainer.save_checkpoint(self.path)
         self.best_model_path = str(self.path)
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at, self._saved = time.monotonic(), place(trainer)
+
+
+def place(trainer: pl.Trainer) -> tuple[int, int]:
+    """Return how far training is: the steps, which stay 0 where an optimizer is stepped past Lightning, and batches."""
+    return trainer.global_step, trainer.fit_loop.total_batch_idx
 
 
 def go_behind(trainer: pl.Trainer, callback: pl.Callback) -> None:

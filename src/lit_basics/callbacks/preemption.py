@@ -1,5 +1,8 @@
 """Signals: the state is saved at the next step, then the process leaves."""
 
+import contextlib
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -13,6 +16,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data._utils.worker import _worker_loop  # private, as _target below: else workers look like others
 
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary, go_behind
 from lit_basics.errors import UserError
@@ -20,8 +25,9 @@ from lit_basics.recording import compute_logged
 
 SAME_SECONDS = 1.0
 """Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""
-LAUNCHER_SECONDS = 60.0
-"""How long a process waits for the one that has started it to leave first."""
+LAUNCHER_SECONDS = 180.0
+"""How long a process waits for the one that has started it to leave first, which may have to finish a W&B run."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Preempted(SystemExit):
@@ -34,8 +40,9 @@ class Preemption(Checkpoint):
     The exit code is 143 (SIGTERM), 130 (SIGINT, Ctrl-C), 138 (SIGUSR1, which SLURM sends before the end of
     the time if asked to) or 129 (SIGHUP, of a terminal that is closed; ``nohup`` has it ignored, as here). All ranks
     stop at the same step if one gets the signal, and none leaves before the state is on the disk. A second Ctrl-C
-    leaves at once. Handlers are installed while training runs, in the main thread only. It goes behind all other
-    callbacks.
+    leaves at once. Handlers are installed while training runs, in the main thread only. A signal to the whole process
+    group, such as Ctrl-C in a terminal or that of ``timeout``, ends no worker of a DataLoader that is forked in a fit:
+    the main process ends them. It goes behind all other callbacks.
 
     Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
     would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
@@ -50,6 +57,8 @@ class Preemption(Checkpoint):
         self._signal = 0
         self._interrupted_at = float("inf")
         self._requeues = False
+        self._telling = 0  # the process that tells of a Ctrl-C
+        self._shields = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -69,6 +78,16 @@ class Preemption(Checkpoint):
             self._last = same[0]
         else:
             self._last.setup(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING:  # the workers of the first epoch are forked before training starts
+            self._shields = True
+            multiprocessing.util.register_after_fork(self, Preemption._shield)
+
+    def _shield(self) -> None:
+        """Block the signals in a DataLoader's worker; torch's own handler of SIGTERM would end it, and the fit."""
+        if self._shields and getattr(multiprocessing.current_process(), "_target", None) is _worker_loop:
+            self._shields = False
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go behind all other callbacks, also behind ``last``, which has gone behind the others at its setup."""
@@ -86,11 +105,13 @@ class Preemption(Checkpoint):
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._interrupted_at = 0, float("inf")
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            for number in SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
         self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
+        if trainer.is_global_zero and sys.__stderr__ is not None:  # else 2 may be any file
+            self._telling = os.getpid()
         if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):
             raise Preempted(128 + agreed)
 
@@ -99,6 +120,10 @@ class Preemption(Checkpoint):
             if time.monotonic() - self._interrupted_at > SAME_SECONDS:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGINT)
+            if self._telling == os.getpid():
+                self._telling = 0
+                with contextlib.suppress(OSError):  # print may be what was interrupted
+                    os.write(2, b"\nCtrl-C: saving the state after this step, then leaving; again leaves at once\n")
             self._interrupted_at = min(self._interrupted_at, time.monotonic())
         self._signal = self._signal or number  # no more than this: a handler may interrupt anything
 
@@ -125,7 +150,7 @@ class Preemption(Checkpoint):
         if number == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
             _requeue()
         if trainer.world_size > 1:
-            _let_launcher_leave(trainer.world_size)
+            let_launcher_leave(trainer.world_size)
         raise Preempted(128 + number)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,10 +161,22 @@ class Preemption(Checkpoint):
         """Put the earlier handlers back."""
         self._restore()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave later workers alone, also after a fit in which nothing was left to train."""
+        self._restore()
+
     def _restore(self) -> None:
+        self._shields = False
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _leave_with_parent(parent: int) -> None:
+    """Leave when the parent sends SIGTERM, as it does to a worker that does not end; that of others is passed over."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _highest(number: int, trainer: pl.Trainer) -> int:
@@ -151,10 +188,11 @@ def _highest(number: int, trainer: pl.Trainer) -> int:
     return int(agreed)
 
 
-def _let_launcher_leave(world_size: int) -> None:
+def let_launcher_leave(world_size: int) -> None:
     """Wait until the rank that has started this process has left, if one has.
 
-    Lightning's launcher kills its own process when one that it has started ends with a code other than 0.
+    Lightning's launcher kills its own process when one that it has started ends with a code other than 0. All ranks
+    must be here.
     """
     ranks: list[Any] = [0] * world_size
     torch.distributed.all_gather_object(ranks, os.getpid())

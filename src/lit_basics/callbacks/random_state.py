@@ -65,7 +65,7 @@ class RandomState(pl.Callback):
         if len(self._loaded) == trainer.world_size:
             state = self._loaded[trainer.global_rank]
             set_generator_states(state, trainer.strategy.root_device)
-            if state.get("threads") not in (None, torch.get_num_threads()):
+            if state["threads"] != torch.get_num_threads():
                 rank_zero_warn(
                     f"the run had {state['threads']} threads, here are {torch.get_num_threads()}: sums may round "
                     f"differently; OMP_NUM_THREADS={state['threads']} gives the same"
@@ -127,15 +127,6 @@ def set_generator_states(states: dict[str, Any], device: torch.device = CPU) -> 
     kind, words, *rest = states["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
-    if "device" not in states:  # a file of an earlier version: all GPUs that the process saw
-        if len(states["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-        elif device.type == "cuda":
-            rank_zero_warn(
-                f"the run saw {len(states['cuda'])} GPUs, here are {torch.cuda.device_count()}: this one draws other "
-                "random numbers"
-            )
-        return
     kind, state = states["device"]
     if kind != device.type:
         rank_zero_warn(f"the run was on {kind}, here it is on {device.type}, which draws other random numbers")

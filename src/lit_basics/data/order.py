@@ -164,7 +164,7 @@ class EpochOrder:
         check_same_data(state, self._shape())
         self._loaded = int(state["epoch"]), int(state["position"])
         self._begin(*self._loaded)
-        self._set = int(state.get("set_epoch", self.epoch))  # not in files of earlier versions
+        self._set = int(state["set_epoch"])
         self._named, self._running = False, ()
 
 
