@@ -127,6 +127,41 @@ def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(nu
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 16
 
 
+STUCK = """
+import sys, time
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+from lit_basics import LastCheckpoint, LitClassifier, Preemption
+
+class Stuck(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if index >= 12:
+            time.sleep(1000)
+        return torch.rand(3), index % 2
+
+class Failing(LitClassifier):
+    def compute_loss(self, batch, batch_idx):
+        if batch_idx == 1:
+            raise ZeroDivisionError
+        return super().compute_loss(batch, batch_idx)
+
+callbacks = [Preemption(LastCheckpoint(sys.argv[1]))]
+trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, enable_model_summary=False)
+trainer.fit(Failing(torch.nn.Linear(3, 2), 2), DataLoader(Stuck(), batch_size=4, num_workers=2))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_its_workers_that_are_stuck(tmp_path):
+    """Without ``_leave_with_parent`` it waits for them for ever."""
+    done = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert "ZeroDivisionError" in done.stderr
+
+
 def in_a_project(saver, **settings):
     """A Trainer with our callbacks alone, in the order in which they should not be."""
     return pl.Trainer(
