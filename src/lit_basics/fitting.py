@@ -62,7 +62,7 @@ from lit_basics.run_directory import (
     share,
 )
 from lit_basics.soft_loggers import fail_soft, finish_wandb
-from lit_basics.words import config_names, option, path_option
+from lit_basics.words import CONFIG_FLAGS, config_names, option, path_option, taken
 
 
 def fit(args: list[str]) -> None:
@@ -199,10 +199,11 @@ def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[C
         saved = read_config(directory / "config.yaml")
         # before the run's own, which seeds the process
         typed = typed_settings([*own, *args], saved) if config_names(args) else {}
-        config = Config([*own, *without_configs(args)])
+        words = taken(args, *CONFIG_FLAGS)[1]  # the run has its own config
+        config = Config([*own, *words])
         config.drop_repeated(saved)
         now = config.to_dict()
-        written = written_keys(without_configs(args), config.config)
+        written = written_keys(words, config.config)
         # which may be older than what was typed since, or than an edit of config.yaml
         trained = {**flat(saved), **trained_optimizer(checkpoint)}
         config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
@@ -275,16 +276,6 @@ def tell_of_unread(typed: dict[str, Any], own: dict[str, Any], directory: Path, 
     if keys:
         named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", …" if keys[3:] else "")
         rank_zero_only(print)(f"the run goes on with its own config.yaml; what --config names has another {named}")
-
-
-def without_configs(args: list[str]) -> list[str]:
-    """Return ``args`` without ``--config`` and its values: a resumed run has its own."""
-    flags = ("--config", "-c")
-    return [
-        word
-        for before, word in zip(["", *args], args, strict=False)
-        if word not in flags and before not in flags and not word.startswith("--config=")
-    ]
 
 
 def make_trainer(config: Config, directory: Path) -> pl.Trainer:
