@@ -464,20 +464,12 @@ def config_path(name: str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what a run's ``config.yaml`` holds.
-
-    Raises:
-        UserError: As :func:`config_path`.
-    """
+    """Return what a run's ``config.yaml`` holds."""
     return dict(yaml.safe_load(config_path(str(path)).read_text(encoding="utf-8")))
 
 
 def check_size(content: Any, name: str) -> None:
-    """Refuse the content of a file that is too large with its aliases written out.
-
-    Raises:
-        UserError: If it is.
-    """
+    """Refuse the content of a file that is too large with its aliases written out."""
     if sum(1 for _ in zip(_values(content), range(MANY_VALUES + 1), strict=False)) > MANY_VALUES:
         raise UserError(f"{name}: the file holds more than {MANY_VALUES} values, or one that contains itself")
 

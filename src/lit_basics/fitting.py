@@ -244,11 +244,7 @@ def typed_settings(args: list[str], saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_own_configs(args: list[str], run_dir: str | None) -> None:
-    """Refuse to write a run's ``config.yaml`` over the one that was typed.
-
-    Raises:
-        UserError: If it would be.
-    """
+    """Refuse to write a run's ``config.yaml`` over the one that was typed."""
     for name in config_names(args) if run_dir else []:
         if Path(name).resolve() == (Path(run_dir or "") / "config.yaml").resolve() and Path(name).is_file():
             raise UserError(f"--config {name}: the run would write over it; name another --run_dir than {run_dir}")
@@ -318,11 +314,7 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
 
 
 def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], directory: Path) -> None:
-    """Refuse a ModelCheckpoint that would write over the run's ``best.ckpt`` or ``last.ckpt``, or remove it.
-
-    Raises:
-        UserError: If there is one.
-    """
+    """Refuse a ModelCheckpoint that would write over the run's ``best.ckpt`` or ``last.ckpt``, or remove it."""
     kept = [name for name in ("best", "last") if config.config[f"{name}_checkpoint"]]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestLossCheckpoint):
@@ -353,11 +345,7 @@ class _NoProfiler(PassThroughProfiler):
 
 
 def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) -> None:
-    """Refuse what would make every checkpoint of the run one that cannot be loaded, since loads run no code.
-
-    Raises:
-        UserError: If a hyper-parameter is such.
-    """
+    """Refuse what would make every checkpoint of the run one that cannot be loaded, since loads run no code."""
     for name, value in unloadable(owner.hparams):
         raise UserError(
             f"{type(owner).__name__} saves the hyper-parameter {name}, a {type(value).__name__}, and no run could "

@@ -15,11 +15,7 @@ from lit_basics.launching import ending_with_launcher
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run ``fit``, ``verify``, ``validate``, ``test`` or ``predict`` with the given words.
-
-    Raises:
-        UserError: If the user's input is wrong.
-    """
+    """Run ``fit``, ``verify``, ``validate``, ``test`` or ``predict`` with the given words."""
     quiet()
     try:
         with ending_with_launcher():

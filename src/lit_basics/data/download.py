@@ -95,11 +95,7 @@ class _WrongBytesError(_MirrorError):
 
 
 def _complete(part: Path, url: str, sha256: str, size: int, timeout: float) -> None:
-    """Make ``part`` the whole file, with bytes of one mirror; a wrong file is deleted.
-
-    Raises:
-        _MirrorError: If that fails.
-    """
+    """Make ``part`` the whole file, with bytes of one mirror; a wrong file is deleted."""
     # bytes of an earlier run or another mirror: if the whole is wrong, this mirror may be right nevertheless
     inherited = _size(part) > 0
     while True:
@@ -120,11 +116,7 @@ def _complete(part: Path, url: str, sha256: str, size: int, timeout: float) -> N
 
 
 def _extend(part: Path, url: str, size: int, timeout: float) -> None:
-    """Append to ``part`` what the mirror has beyond it; of one that sends all, what comes before is passed over.
-
-    Raises:
-        _MirrorError: If not all came.
-    """
+    """Append to ``part`` what the mirror has beyond it; of one that sends all, what comes before is passed over."""
     start = _size(part)
     if start and start == size:
         return
@@ -164,11 +156,7 @@ def _extend(part: Path, url: str, size: int, timeout: float) -> None:
 
 
 def _open(url: str, start: int, timeout: float) -> Any:
-    """Return the response from byte ``start`` on, or None if the server has nothing beyond it.
-
-    Raises:
-        _MirrorError: If there is none.
-    """
+    """Return the response from byte ``start`` on, or None if the server has nothing beyond it."""
     if not url.lower().startswith(("http://", "https://", "file://")):
         raise _MirrorError("not an http, https or file address")
     headers = {"User-Agent": "lit_basics"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -184,11 +172,7 @@ def _open(url: str, start: int, timeout: float) -> Any:
 
 
 def _chunks(response: Any, timeout: float) -> Iterator[bytes]:
-    """Yield the body as it comes.
-
-    Raises:
-        _MirrorError: If the connection fails or the server stalls.
-    """
+    """Yield the body as it comes."""
     since, received = time.monotonic(), 0
     while True:
         try:

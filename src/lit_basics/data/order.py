@@ -169,11 +169,7 @@ class EpochOrder:
 
 
 def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
-    """Refuse a loader's state that was taken over other data.
-
-    Raises:
-        UserError: If a value of ``shape`` is another in ``state``.
-    """
+    """Refuse a loader's state that was taken over other data."""
     for name, value in shape.items():
         if (other := state.get(name)) != value:
             raise UserError(
@@ -211,21 +207,13 @@ def check_shared_out(trainer: Any, loaders: Any) -> None:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch size below 1.
-
-    Raises:
-        UserError: If it is.
-    """
+    """Refuse a batch size below 1."""
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def check_seed(seed: int, name: str = "seed") -> None:
-    """Refuse a seed that no generator takes.
-
-    Raises:
-        UserError: If it is negative.
-    """
+    """Refuse a seed that no generator takes."""
     if seed < 0:
         raise UserError(f"{name} is {seed}; it must be 0 or more")
 
