@@ -292,10 +292,49 @@ def test_a_training_that_diverges_proves_nothing():
     assert verify(Diverging(), data, checks=["loop", "ddp"], steps=4, **EXACT).passed
 
 
-def test_a_changed_update_fails_against_the_plain_loop():
+def test_an_update_of_the_modules_own_has_no_plain_loop():
     report = verify(Own(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable"}
     assert "at step 4: net.3.bias by 1" in report["loop"].text
     assert "Own overrides optimizer_step" in report["loop"].text
+
+
+class Adds(pl.Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                pl_module.net[3].bias.add_(1)
+
+
+class WithAdds(Plain):
+    def configure_callbacks(self):
+        return [Adds()]
+
+
+def test_a_changed_update_fails_against_the_plain_loop():
+    report = verify(WithAdds(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "failed"}
+    assert "at step 4: net.3.bias by 1" in report["loop"].text
+
+
+class WarmsUp(LitClassifier):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.param_groups[0]["lr"] = 0.01 * min(1, (1 + self.trainer.global_step) / 4)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+class KeepsGradients(LitClassifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        pass
+
+
+@pytest.mark.parametrize(("kind", "name"), [(WarmsUp, "optimizer_step"), (KeepsGradients, "optimizer_zero_grad")])
+def test_what_only_automatic_optimization_calls_leaves_one_mode(kind, name):
+    """Tried nevertheless, "manual differs"."""
+    model = kind(nn.Linear(4, 2), num_classes=2)
+    report = verify(model, loader(shuffle=False), checks=["loop", "manual"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable", "manual": "not applicable"}, str(report)
+    assert all(f"{kind.__name__} overrides {name}" in verdict.text for verdict in report.verdicts)
 
 
 class NeedsTrainer(Plain):

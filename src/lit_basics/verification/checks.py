@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
-from lit_basics.modules import LitSupervised
+from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
 from lit_basics.verification.plain_loop import NotApplicable
 from lit_basics.verification.ranks import RANKS, Recorded, environments, has_samples, joined
@@ -50,6 +50,8 @@ takes no notice of the gradient's length (Adam, Muon) a factor leaves no more th
 """
 TELLING = 0.01
 """The part of an update that must be above the rounding of the weight, or the update tells nothing."""
+UNCALLED = ("optimizer_step", "lr_scheduler_step", "configure_gradient_clipping", "backward", "optimizer_zero_grad")
+"""Hooks around the update that the plain loop does not call."""
 METRIC_TOLERANCE = 1e-5
 """Largest difference of a validation metric, relative to values above 1: float32 sums in another order."""
 
@@ -238,8 +240,14 @@ class Verification:
             raise NotApplicable(f"a plain loop cannot run it, it needs a Trainer: {error}") from error
         if trace.difference is not None:
             self.reference()  # says so if no two runs are equal
-            cause = loop_cause(self.subject.model, trace, bare)
-            raise Failed(f"differs from a plain loop's {trace.difference}; {cause}")
+            model = self.subject.model
+            changed = ", ".join(name for name in UNCALLED if is_overridden(name, model))
+            if changed:
+                raise NotApplicable(
+                    f"{type(model).__name__} overrides {changed}, which the plain loop does not call: "
+                    f"the Trainer differs from it {trace.difference}"
+                )
+            raise Failed(f"differs from a plain loop's {trace.difference}; {loop_cause(trace, bare)}")
         assert_same_length(trace, bare)
         return f"{bare.steps} steps, {trace.compared} comparisons: equal to a plain loop's"
 
@@ -277,8 +285,9 @@ class Verification:
         model = self.subject.model
         if not isinstance(model, LitSupervised):
             raise NotApplicable(f"{type(model).__name__} has one mode; a LitSupervised module has both")
-        if model.own_training_step:
-            raise NotApplicable(f"{type(model).__name__} overrides training_step; with compute_loss it has both modes")
+        for name in AUTOMATIC_ONLY:
+            if is_overridden(name, model, LitSupervised):
+                raise NotApplicable(f"{type(model).__name__} overrides {name}, which leaves it automatic optimization")
         reference = self.reference()
         try:
             trace: Trace = self.one(
@@ -507,12 +516,8 @@ def resume_cause(trace: Trace, reference: Trace) -> str:
     return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"
 
 
-def loop_cause(model: pl.LightningModule, trace: Trace, bare: Trace) -> str:
+def loop_cause(trace: Trace, bare: Trace) -> str:
     """Return in words why the Trainer probably differs from a plain loop."""
-    names = ("optimizer_step", "lr_scheduler_step", "configure_gradient_clipping", "backward", "optimizer_zero_grad")
-    changed = [name for name in names if is_overridden(name, model)]
-    if changed:
-        return f"{type(model).__name__} overrides {', '.join(changed)}, which the plain loop does not call"
     batch = first_difference(trace.batches, bare.batches)
     if batch is not None:
         return f"batch {batch} is another one: the loader depends on the Trainer or on something outside the seed"
