@@ -381,6 +381,19 @@ def test_a_compiled_module_is_verified_as_it_was():
     assert model._compiler_ctx is None
 
 
+class NeverCompiled(nn.Linear):
+    def compile(self, *args, **kwargs):
+        raise AssertionError("compiled")
+
+
+def test_compile_net_is_left_out():
+    """A compiled net rounds otherwise than the plain loop's."""
+    model = LitClassifier(NeverCompiled(4, 2), num_classes=2, compile_net=True)
+    report = verify(model, loader(shuffle=False), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed", "ddp": "passed"}, str(report)
+    assert model.compile_net is True
+
+
 class NoLength(IterableDataset):
     """Five batches, which nobody knows before."""
 

@@ -80,7 +80,7 @@ def verify(
     All but *ddp* compare bit for bit.
 
     Args:
-        model: The module to train; it is not changed. One that ``torch.compile`` made is trained uncompiled.
+        model: The module to train; it is not changed. It is trained uncompiled.
         train_dataloaders: As for ``Trainer.fit``.
         val_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.

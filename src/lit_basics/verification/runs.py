@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lit_basics.modules import LitSupervised
 from lit_basics.verification.plain_loop import TRANSFER_HOOKS, NotApplicable, plain_loop
 from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
 from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
@@ -121,6 +122,8 @@ class Subject:
             "callbacks": [StopAfter(steps), *callbacks],
             **others,
         }
+        if isinstance(self.model, LitSupervised):
+            self.model.compile_net = False  # it rounds differently
         configured = self.model.configure_callbacks
         self.model.configure_callbacks = lambda: without_output(configured())  # type: ignore[method-assign]
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
