@@ -24,6 +24,7 @@ from lightning.pytorch.demos.boring_classes import (
 )
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -627,6 +628,46 @@ def test_random_numbers_within_the_step_say_nothing_of_ranks():
     report = verify(Noisy(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "not applicable"}, str(report)
     assert "the step draws random numbers, which differ from rank to rank by intent" in report["ddp"].text
+
+
+class Branching(nn.Module):
+    """Has a second output in training, as GoogLeNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.linear, self.second = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.linear(self.dropout(x))
+        return (y, self.second(x)) if self.training else y
+
+
+class TwoOutputs(Plain):
+    val_dataloader = None
+
+    def __init__(self):
+        super().__init__()
+        self.net = Branching()
+
+    def training_step(self, batch, batch_idx):
+        (first, second), y = self.net(batch[0]), batch[1]
+        return self.criterion(first, y) + self.criterion(second, y)
+
+
+def test_a_net_that_holds_a_dropout_layer_stays_in_training_on_two_ranks():
+    """Held still as its dropout layer is, it has one output, and "the run ended in ValueError"."""
+    report = verify(TwoOutputs(), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_two_ranks_under_slurm(alone):
+    """With SLURM's environment among the plugins both are rank 0, or wait for a master."""
+    slurm = SLURMEnvironment(auto_requeue=False)
+    settings = {**EXACT, "plugins": slurm if alone else [*EXACT["plugins"], slurm]}
+    report = verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **settings)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
 
 
 class Unused(Plain):

@@ -66,7 +66,8 @@ class Recorder(pl.Callback):
         trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
         self.recorded.initial = {name: value.detach().clone() for name, value in trained.items()}
         for module in pl_module.modules():
-            if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or hasattr(module, "dropout"):
+            rate = getattr(module, "dropout", None)  # a number, as of nn.LSTM: it draws by itself
+            if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or isinstance(rate, (int, float)):
                 module.training = False  # and not that of the modules in it
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

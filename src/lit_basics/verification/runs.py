@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -27,6 +28,8 @@ LEFT_OUT = (
     "model_registry",
 )
 """The Trainer's arguments that no run is given."""
+OUTPUT = (Checkpoint, ProgressBar)
+"""Callbacks that write checkpoints to places of their own, or draw bars."""
 RANK_STEPS = 5
 """Optimizer steps on two ranks: rounding in another order grows with each."""
 
@@ -120,18 +123,19 @@ class Subject:
             "enable_model_summary": False,
             "default_root_dir": str(folder),
             "callbacks": [StopAfter(steps), *callbacks],
+            "plugins": without(given.get("plugins", []), ClusterEnvironment),  # the ranks are two processes here
             **others,
         }
         if isinstance(self.model, LitSupervised):
             self.model.compile_net = False  # it rounds differently
         configured = self.model.configure_callbacks
-        self.model.configure_callbacks = lambda: without_output(configured())  # type: ignore[method-assign]
+        self.model.configure_callbacks = lambda: without(configured(), *OUTPUT)  # type: ignore[method-assign]
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
     def callbacks(self) -> list[pl.Callback]:
-        """Return the user's callbacks, without those of :func:`without_output`."""
-        return without_output(self.arguments.get("callbacks") or [])
+        """Return the user's callbacks, without those that put something out."""
+        return without(self.arguments.get("callbacks") or [], *OUTPUT)
 
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
         """Train; from a checkpoint if there is one."""
@@ -276,7 +280,7 @@ def as_for_fit(setup: Callable[..., None], stage: str) -> None:
     setup("fit")
 
 
-def without_output(callbacks: Any) -> list[pl.Callback]:
-    """Return callbacks, one or several, without those that write checkpoints to places of their own, or draw bars."""
-    several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-    return [callback for callback in several if not isinstance(callback, (Checkpoint, ProgressBar))]
+def without(values: Any, *kinds: type) -> list[Any]:
+    """Return values, one or several, without those of some kinds."""
+    several = values if isinstance(values, (list, tuple)) else [values]
+    return [value for value in several if not isinstance(value, kinds)]
