@@ -488,6 +488,64 @@ def test_batches_of_other_lengths_on_each_rank_cannot_be_compared():
     assert "the ranks' batches cannot be put together into one: Sizes of tensors must match" in report["ddp"].text
 
 
+class Texts(TensorDataset):
+    """A text for each sample, that says twice its first number."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x, y, str(2 * float(x[0]))
+
+
+class ReadsTexts(Plain):
+    val_dataloader = None
+
+    def training_step(self, batch, batch_idx):
+        x, y, texts = batch
+        return super().training_step((x * torch.tensor([[float(text)] for text in texts]), y), batch_idx)
+
+
+def test_texts_of_two_ranks_are_put_together():
+    """Those of one rank alone are too few: "The size of tensor a (16) must match"."""
+    data = DataLoader(Texts(*loader(shuffle=False).dataset.tensors), batch_size=8, shuffle=True)
+    report = verify(ReadsTexts(), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+class Masked(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y, mask = batch
+        return super().training_step((mask @ x, y), batch_idx)
+
+
+class Keyed(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(next(iter(batch.values())), batch_idx)
+
+
+def with_mask(samples):
+    return *(torch.stack(part) for part in zip(*samples, strict=True)), torch.eye(len(samples))
+
+
+def with_key(samples):
+    x, y = map(torch.stack, zip(*samples, strict=True))
+    return {f"{float(x[0, 0])}": (x, y)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "collate", "reason"),
+    [
+        (Masked, with_mask, "one process cannot take the ranks' batches put together: RuntimeError at test_verif"),
+        (Keyed, with_key, "the ranks' batches cannot be put together into one: dictionaries with other keys"),
+    ],
+)
+def test_batches_that_one_process_cannot_take_say_nothing_of_two(kind, collate, reason):
+    """Else the first is "failed", and the second a KeyError out of ``verify``."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True, collate_fn=collate)
+    report = verify(kind(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert reason in report["ddp"].text
+
+
 class PadsValidation(Plain):
     def validation_step(self, batch, batch_idx):
         x, y = batch

@@ -29,9 +29,8 @@ from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
-from lit_basics.verification.plain_loop import NotApplicable
 from lit_basics.verification.ranks import RANKS, Recorded, environments, has_samples, joined
-from lit_basics.verification.report import Outcome, Report, Verdict
+from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
 from lit_basics.verification.runs import Subject
 from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding
 
@@ -341,12 +340,10 @@ class Verification:
 
     def _ddp_updates(self) -> tuple[int, int]:
         for precision, tolerance in TOLERANCES.items():  # noqa: B007  # the one that the break leaves is used below
+            ranks: list[Recorded] = []
             try:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
-                epochs = [
-                    [joined(list(batches)) for batches in zip(*epochs, strict=False)]
-                    for epochs in zip(*(rank.epochs for rank in ranks), strict=False)
-                ]
+                epochs = joined_epochs(ranks)
                 alone: Recorded = self.one(
                     partial(self.subject.replay, folder=self.folder, epochs=epochs, precision=precision)
                 )
@@ -355,11 +352,11 @@ class Verification:
                     self.bare()
                     if error.kind == "UserError":  # refused, as a batch size that two ranks cannot share
                         raise NotApplicable(error.reason) from error
+                    if ranks:
+                        what = "one process cannot take the ranks' batches put together"
+                        raise NotApplicable(f"{what}: {error}") from error
                     raise
                 continue  # it cannot train in float64
-            except (RuntimeError, TypeError, ValueError) as error:
-                reason = first_line(error)
-                raise NotApplicable(f"the ranks' batches cannot be put together into one: {reason}") from error
             break
         first, second = (rank.epochs[0] for rank in ranks)
         if first and has_samples(first[0]) and digest(first[0]) == digest(second[0]):
@@ -451,10 +448,6 @@ class Verification:
         raise NotApplicable("the run is too short to be killed within it")
 
 
-class Failed(Exception):
-    """Why a check failed."""
-
-
 def assert_finite(diverged: int) -> None:
     """Say nothing of a training whose weights were not finite after the step ``diverged``: NaN equals any NaN.
 
@@ -463,6 +456,17 @@ def assert_finite(diverged: int) -> None:
     """
     if diverged:
         raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
+
+
+def joined_epochs(ranks: list[Recorded]) -> list[list[Any]]:
+    """Return the batches of all ranks, put together; not if they cannot be."""
+    try:
+        return [
+            [joined(list(batches)) for batches in zip(*epochs, strict=False)]
+            for epochs in zip(*(rank.epochs for rank in ranks), strict=False)
+        ]
+    except Exception as error:  # a batch may be anything
+        raise NotApplicable(f"the ranks' batches cannot be put together into one: {first_line(error)}") from error
 
 
 def same_metric(value: float, expected: float) -> bool:

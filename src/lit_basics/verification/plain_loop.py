@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_basics.modules import LitSupervised, default_dtype
+from lit_basics.verification.report import NotApplicable
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 PRECISIONS = ("32-true", "bf16-mixed", *DTYPES)
 """The precisions that the loop has."""
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-class NotApplicable(Exception):
-    """Why a check says nothing about this training."""
 
 
 def plain_loop(

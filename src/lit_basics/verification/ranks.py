@@ -119,22 +119,26 @@ class Replay:
 
 
 def joined(batches: list[Any]) -> Any:
-    """Return one batch of the ranks' batches: tensors are put together along their first dimension.
+    """Return one batch of the ranks' batches: tensors, and lists of text, are put together along their first dimension.
 
     Raises:
         RuntimeError: If their other dimensions differ.
         TypeError: If a batch is of a type that is not known.
-        ValueError: If lists in them are of different lengths.
+        ValueError: If lists in them are of different lengths, or dictionaries have different keys.
     """
     first = batches[0]
     if isinstance(first, Tensor):
         return torch.cat(batches) if first.ndim else first
     if isinstance(first, Mapping):
+        if any(batch.keys() != first.keys() for batch in batches):
+            raise ValueError("dictionaries with other keys")
         parts = {key: joined([batch[key] for batch in batches]) for key in first}
         return parts if type(first) is dict else type(first)(parts)  # type: ignore[call-arg]
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
         return dataclasses.replace(first, **{n: joined([getattr(batch, n) for batch in batches]) for n in names})
+    if type(first) in (list, tuple) and first and all(isinstance(item, str) for item in first):
+        return sum(batches[1:], start=first)  # one text for each sample
     if isinstance(first, (list, tuple)):
         items = [joined(list(part)) for part in zip(*batches, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)

@@ -17,8 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_basics.modules import LitSupervised
-from lit_basics.verification.plain_loop import TRANSFER_HOOKS, NotApplicable, plain_loop
+from lit_basics.verification.plain_loop import TRANSFER_HOOKS, plain_loop
 from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
+from lit_basics.verification.report import NotApplicable
 from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
 
 Report = Callable[[int], None]
