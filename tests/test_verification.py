@@ -180,6 +180,39 @@ def test_a_metric_of_one_rank_only_fails():
     assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
 
 
+class DrawsInValidation(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_noise", torch.rand(()), sync_dist=True)
+
+
+class RankZero(Plain):
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.log("val_batches", 8.0, rank_zero_only=True)
+
+
+class InFloat(Plain):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step((batch[0].float(), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "more"),
+    [
+        (DrawsInValidation, {}, "; validation draws random numbers, its metrics are not compared"),
+        (RankZero, {}, ""),
+        (Plain, {"precision": "bf16-true"}, ""),
+        (InFloat, {}, ""),
+    ],
+    ids=["draws", "rank 0 only", "bf16-true", "not in float64"],
+)
+def test_metrics_that_may_differ_from_rank_to_rank(kind, settings, more):
+    """Of each it was said that it is the mean of one rank's batches; the last cannot be validated in float64."""
+    report = verify(kind(samples=64), loader(shuffle=True), checks=["ddp"], **settings, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert report["ddp"].text.endswith(f"; each of 64 validation samples counted once{more}")
+
+
 class Undefined(Plain):
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)

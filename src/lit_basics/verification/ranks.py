@@ -155,10 +155,18 @@ def has_samples(batch: Any) -> bool:
 
 
 class Samples(pl.Callback):
-    """Counts the samples of a validation by their content."""
+    """Counts the samples of a validation by their content, and notes whether its steps draw random numbers."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
+        self.draws = False
+        self._random = ""
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the random state."""
+        self._random = random_digest()
 
     def on_validation_batch_end(
         self,
@@ -169,7 +177,8 @@ class Samples(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch's samples."""
+        """Count the batch's samples, and note whether random numbers were drawn."""
+        self.draws |= random_digest() != self._random
         tensors: list[Tensor] = []
         apply_to_collection(batch, Tensor, lambda value: tensors.append(value) if value.ndim else None)
         tensors = [value for value in tensors if len(value) == len(tensors[0])]

@@ -244,17 +244,22 @@ class Subject:
             trainer.fit(self.model, datamodule=self.datamodule)
         return recorder.recorded
 
-    def validate(self, report: Report, folder: Path, ranks: int) -> tuple[Counter[str], dict[str, float]]:
-        """Validate the untrained module as within ``fit``; the samples and the metrics of this rank."""
-        seen = Samples()
+    def validate(
+        self, report: Report, folder: Path, ranks: int, precision: str | None
+    ) -> tuple[Counter[str], dict[str, float], bool]:
+        """Validate the untrained module as within ``fit``; the samples and metrics of this rank, and if it draws."""
+        samples = Samples()
         several = {"devices": ranks, "strategy": self.ddp_strategy()} if ranks > 1 else {}
-        trainer = self.trainer(folder, RANK_STEPS, [seen], limit_val_batches=1.0, **several)
+        if precision:
+            several["precision"] = precision
+        trainer = self.trainer(folder, RANK_STEPS, [samples], limit_val_batches=1.0, **several)
         self.double_odd_batches()
         loads = [owner for owner in self.owners() if is_overridden("val_dataloader", owner)]
         for owner in loads[-1:]:  # the DataModule's wins
             owner.setup = partial(as_for_fit, owner.setup)  # type: ignore[method-assign]
         trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
-        return seen.seen, {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return samples.seen, metrics, samples.draws
 
     def owners(self) -> list[pl.LightningModule | pl.LightningDataModule]:
         """Return the module, and the DataModule if there is one."""
