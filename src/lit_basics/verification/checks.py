@@ -29,10 +29,10 @@ from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
-from lit_basics.verification.ranks import RANKS, Recorded, environments, has_samples, joined
+from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
 from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
 from lit_basics.verification.runs import Subject
-from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding
+from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding, tensors_of
 
 CHECKS = ("loop", "resume", "manual", "ddp", "kill")
 STEPS = 24
@@ -303,7 +303,7 @@ class Verification:
 
     def ddp(self) -> str:
         """Compare two ranks with one process: updates, and validation."""
-        steps, compared, precision = self._ddp_updates()
+        steps, compared, trained = self._ddp_updates()
         model, data = self.subject.model, self.subject.datamodule
         loader = self.subject.val_dataloaders is not None or any(
             owner is not None and is_overridden("val_dataloader", owner) for owner in (data, model)
@@ -313,7 +313,7 @@ class Verification:
             return f"{equal}; no validation"
         if isinstance(self.subject.arguments.get("limit_val_batches"), int):
             return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
-        for precision in dict.fromkeys((precision, None)):  # noqa: B020  # what trains may not validate in float64
+        for precision in dict.fromkeys((trained, None)):  # what trains may not validate in float64
             try:
                 validate = partial(self.subject.validate, folder=self.folder, precision=precision)
                 alone, metrics, draws = self.one(partial(validate, ranks=1))
@@ -370,7 +370,7 @@ class Verification:
                 continue  # it cannot train in float64
             break
         first, second = (rank.epochs[0] for rank in ranks)
-        if first and has_samples(first[0]) and digest(first[0]) == digest(second[0]):
+        if first and tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
         steps, made = len(alone.states), [len(rank.states) for rank in ranks]
         if {steps} != set(made) or not steps:

@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from lit_basics.finite import are_finite
-from lit_basics.verification.tracing import State, digest, random_digest, training_state
+from lit_basics.verification.tracing import State, digest, random_digest, tensors_of, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -139,19 +140,14 @@ def joined(batches: list[Any]) -> Any:
         return dataclasses.replace(first, **{n: joined([getattr(batch, n) for batch in batches]) for n in names})
     if type(first) in (list, tuple) and first and all(isinstance(item, str) for item in first):
         return sum(batches[1:], start=first)  # one text for each sample
+    if isinstance(first, PackedSequence):
+        return pack_sequence([part for batch in batches for part in unpack_sequence(batch)], enforce_sorted=False)
     if isinstance(first, (list, tuple)):
         items = [joined(list(part)) for part in zip(*batches, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if first is None or isinstance(first, (str, int, float, bool)):
         return first
     raise TypeError(f"a batch of type {type(first).__name__}")
-
-
-def has_samples(batch: Any) -> bool:
-    """Return whether there is a tensor in a batch with a first dimension."""
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, lambda value: found.append(value) if value.ndim else None)
-    return bool(found)
 
 
 class Samples(pl.Callback):
@@ -179,8 +175,7 @@ class Samples(pl.Callback):
     ) -> None:
         """Count the batch's samples, and note whether random numbers were drawn."""
         self.draws |= random_digest() != self._random
-        tensors: list[Tensor] = []
-        apply_to_collection(batch, Tensor, lambda value: tensors.append(value) if value.ndim else None)
+        tensors = tensors_of(batch)
         tensors = [value for value in tensors if len(value) == len(tensors[0])]
         for sample in zip(*tensors, strict=True):
             self.seen[f"{dataloader_idx} {digest(list(sample))}"] += 1
