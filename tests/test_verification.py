@@ -444,6 +444,61 @@ def test_a_loader_without_length_that_ends_before_the_limit_has_a_plain_loop(acc
     assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
+class Halves(Plain):
+    """Halves the learning rate at each epoch's end."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+class Skips(Halves):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dataset"),
+    [(Halves, NoLength()), (Skips, NoLength()), (Halves, loader(shuffle=False).dataset)],
+    ids=["no length", "skips", "length"],
+)
+def test_an_epochs_end_that_the_trainer_does_not_know_steps_no_scheduler(kind, dataset):
+    """Stepped wherever an epoch ends, the first differs."""
+    report = verify(kind(), DataLoader(dataset, batch_size=8), checks=["loop"], steps=18, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class SharedNoLength(IterableDataset):
+    """Three batches of a rank, which nobody knows before."""
+
+    def __iter__(self):
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        yield from zip(*loader(shuffle=False).dataset[rank::ranks], strict=True)
+
+
+def test_two_ranks_of_a_loader_without_length():
+    """Replayed as three batches of an epoch that has three, one process makes a step of what remains of two."""
+    data = DataLoader(SharedNoLength(), batch_size=8)
+    report = verify(Halves(samples=64), data, checks=["ddp"], accumulate_grad_batches=2, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+class MadeLater(Plain):
+    def __init__(self):
+        super().__init__()
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(nn.Linear(4, 2))
+
+
+def test_layers_made_in_configure_model_are_drawn_in_the_precision():
+    """Drawn in float32 they are other numbers."""
+    report = verify(MadeLater(), loader(shuffle=False), checks=["loop"], steps=4, precision="64-true", **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
 class ByEpoch(Plain):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)

@@ -356,7 +356,13 @@ class Verification:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
                 epochs = joined_epochs(ranks)
                 alone: Recorded = self.one(
-                    partial(self.subject.replay, folder=self.folder, epochs=epochs, precision=precision)
+                    partial(
+                        self.subject.replay,
+                        folder=self.folder,
+                        epochs=epochs,
+                        length=ranks[0].length,
+                        precision=precision,
+                    )
                 )
             except RunError as error:
                 if precision is None:

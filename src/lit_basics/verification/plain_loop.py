@@ -67,11 +67,12 @@ def plain_loop(
             owner.trainer = None  # of an earlier fit, on a GPU perhaps
             owner.prepare_data()
             owner.setup("fit")
-    module.configure_model()
+    dtype = DTYPES.get(precision)
+    with default_dtype(dtype or torch.get_default_dtype()):
+        module.configure_model()
     source = loaders if loaders is not None else (datamodule or module).train_dataloader()
     loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
     seed_workers(loader)
-    dtype = DTYPES.get(precision)
     module.to(dtype)
     plan = Plan(epoch_length(loader, batches), accumulate, settings.max_epochs or -1, settings.max_steps)
     module.trainer = plan  # type: ignore[assignment]
@@ -86,6 +87,7 @@ def plain_loop(
     hook(module, "on_train_start")
     done = epoch = number = 0
     while done < steps:
+        over = False
         set_epoch(loader, epoch)
         hook(module, "on_train_epoch_start")
         length = epoch_length(loader, batches)
@@ -93,7 +95,9 @@ def plain_loop(
             batch = transferred(batch, module, datamodule, dtype)
             before_batch(number, batch)
             number += 1
+            over = index + 1 == length  # else Lightning does not know, as of a loader without a length
             if hook(module, "on_train_batch_start", batch, index) == -1:
+                over = True
                 break
 
             def backward(index: int = index, batch: Any = batch) -> Any:
@@ -110,8 +114,7 @@ def plain_loop(
                     hook(module, "on_after_backward")
                 return loss
 
-            updates = (index + 1) % accumulate == 0 or index + 1 == length
-            if updates:
+            if (index + 1) % accumulate == 0 or over:
                 for optimizer in optimizers:
 
                     def closure(optimizer: Any = optimizer, backward: Any = backward) -> Any:
@@ -128,7 +131,8 @@ def plain_loop(
             if done == steps:
                 return
         hook(module, "on_train_epoch_end")
-        update(schedulers, "epoch", epoch)
+        if over:
+            update(schedulers, "epoch", epoch)
         epoch += 1
         counters["current_epoch"] = epoch
 
@@ -177,7 +181,7 @@ def optimizers_of(module: pl.LightningModule) -> tuple[list[torch.optim.Optimize
     made: Any = module.configure_optimizers()
     optimizers, schedulers = [], []
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (list, tuple)):
-        optimizers, schedulers = list(made[0]), list(made[1])
+        optimizers, schedulers = list(made[0]), made[1] if isinstance(made[1], list) else [made[1]]
     else:
         for one in made if isinstance(made, (list, tuple)) else [] if made is None else [made]:
             optimizers.append(one["optimizer"] if isinstance(one, dict) else one)

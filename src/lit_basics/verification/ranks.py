@@ -45,6 +45,8 @@ class Recorded:
 
     epochs: list[list[Any]] = dataclasses.field(default_factory=list)
     """The training batches of each epoch."""
+    length: int = 0
+    """The batches of an epoch as the Trainer counts them: of a loader without a length, its limit."""
     initial: State = dataclasses.field(default_factory=dict)
     """The trained parameters before the first step."""
     states: list[State] = dataclasses.field(default_factory=list)
@@ -64,6 +66,7 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights; hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        self.recorded.length = int(trainer.num_training_batches)
         trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
         self.recorded.initial = {name: value.detach().clone() for name, value in trained.items()}
         for module in pl_module.modules():
@@ -99,12 +102,13 @@ class Replay:
 
     Args:
         epochs: The batches of each epoch.
+        length: How many they are said to be.
     """
 
     batch_sampler = None
 
-    def __init__(self, epochs: list[list[Any]]) -> None:
-        self._epochs = epochs
+    def __init__(self, epochs: list[list[Any]], length: int) -> None:
+        self._epochs, self._length = epochs, length
         self._epoch = 0
         self.sampler = self  # Lightning calls set_epoch of it
 
@@ -113,7 +117,7 @@ class Replay:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._epochs[0])
+        return self._length
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._epochs[self._epoch])

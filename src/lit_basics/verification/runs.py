@@ -230,17 +230,19 @@ class Subject:
         self.fit(trainer)
         return recorder.recorded
 
-    def replay(self, report: Report, folder: Path, epochs: list[list[Any]], precision: str | None) -> Recorded:
+    def replay(
+        self, report: Report, folder: Path, epochs: list[list[Any]], length: int, precision: str | None
+    ) -> Recorded:
         """Train in one process on given batches."""
-        recorder = Recorder()
+        recorder, loader = Recorder(), Replay(epochs, length)
         trainer = self.short_trainer(folder, recorder, precision)
         for owner in self.owners():  # the batches have been through these hooks
             for name in TRANSFER_HOOKS:
                 setattr(owner, name, lambda batch, *_: batch)
         if self.datamodule is None or self.train_dataloaders is not None:
-            trainer.fit(self.model, Replay(epochs))
+            trainer.fit(self.model, loader)
         else:  # with it, for what asks the Trainer for its DataModule
-            self.datamodule.train_dataloader = lambda: Replay(epochs)  # type: ignore[method-assign]
+            self.datamodule.train_dataloader = lambda: loader  # type: ignore[method-assign]
             trainer.fit(self.model, datamodule=self.datamodule)
         return recorder.recorded
 
