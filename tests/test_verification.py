@@ -525,6 +525,57 @@ def test_draws_of_pythons_own_generator_are_resumed():
     assert "the random state is not in the checkpoint" in report["resume"].text
 
 
+class Manual(Plain):
+    """Makes ``updates`` of each batch, or one of every ``-updates``."""
+
+    def __init__(self, updates):
+        super().__init__(samples=64)
+        self.updates, self.automatic_optimization = updates, False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(max(self.updates, 1)):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if self.updates > 0 or (batch_idx + 1) % -self.updates == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+class ForgetsItsEpoch:
+    """Has a state that says where in its epoch of four batches it is, and not in which."""
+
+    epoch, position, start = -1, 0, 0
+
+    def __iter__(self):
+        self.epoch += 1
+        start, self.start = self.start, 0
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).split(8)
+        for self.position in range(start, 4):
+            yield loader(shuffle=False).dataset[order[self.position]]
+
+    def state_dict(self):
+        return {"start": (self.position + 1) % 4}
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+
+
+def test_several_updates_of_a_batch_are_resumed_at_epochs_ends_too():
+    """Ended after as many updates, the run has no second epoch."""
+    report = verify(Manual(3), ForgetsItsEpoch(), checks=["resume"], steps=12, **EXACT)
+    assert "8 of 11 resume points differ; the first, resumed after batch4" in report["resume"].text
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    assert verify(Manual(3), data, checks=["resume"], steps=12, **EXACT).passed
+
+
+def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
+    """Else both are "failed"."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(Manual(-6), data, checks=["resume", "ddp"], steps=6, **EXACT)
+    assert outcomes(report) == {"resume": "not applicable", "ddp": "not applicable"}, str(report)
+    assert report["resume"].text == "no optimizer step in epochs of 2 batches; --steps makes them longer"
+
+
 class Saving(Plain):
     def configure_callbacks(self):
         return [ModelCheckpoint(), ModelCheckpoint("here", save_last=True)]

@@ -31,7 +31,7 @@ from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
 from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
 from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
-from lit_basics.verification.runs import Subject
+from lit_basics.verification.runs import RANK_STEPS, Subject
 from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding, tensors_of
 
 CHECKS = ("loop", "resume", "manual", "ddp", "kill")
@@ -84,7 +84,7 @@ def verify(
         val_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
         checks: Which checks to make, of ``loop``, ``resume``, ``manual``, ``ddp`` and ``kill``.
-        steps: Optimizer steps of each run (*ddp* makes five).
+        steps: Optimizer steps of each run, and batches at least (*ddp* makes five).
         progress: Whether to show a progress bar, on stderr.
         each: Called with each verdict as soon as it is there.
         weights_only: As for ``Trainer.fit``, for the checkpoints that are resumed from.
@@ -194,13 +194,16 @@ class Verification:
         """Return the trace of the uninterrupted run, made at the first call.
 
         Raises:
-            NotApplicable: If it diverges.
+            NotApplicable: If it diverges, or makes no step by itself in an epoch of the run.
             RunError: If it makes no step, or if it does not come out the same twice.
         """
         if self._reference is None:
             trace: Trace = self.one(
                 partial(self.subject.trace, folder=self.folder / "reference", save_to=self.folder / "checkpoints")
             )
+            if not (trace.steps or self.subject.model.automatic_optimization):
+                batches = self.subject.limit(self.subject.steps)
+                raise NotApplicable(f"no optimizer step in epochs of {batches} batches; --steps makes them longer")
             if not trace.steps:
                 raise RunError("no optimizer step")
             assert_finite(trace.diverged)
@@ -379,6 +382,8 @@ class Verification:
         if first and tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
         steps, made = len(alone.states), [len(rank.states) for rank in ranks]
+        if not (any([steps, *made]) or self.subject.model.automatic_optimization):
+            raise NotApplicable(f"no optimizer step in epochs of {RANK_STEPS} batches, of which it makes no more")
         if {steps} != set(made) or not steps:
             raise Failed(f"two ranks made {made} steps, one process {steps}")
         compared, update = 0, 0.0

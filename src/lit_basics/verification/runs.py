@@ -61,7 +61,7 @@ class StopAfter(pl.Callback):
     """Ends a run after a number of steps; not ``max_steps``, with which Lightning counts epochs in another way.
 
     Args:
-        steps: Optimizer steps.
+        steps: Optimizer steps; and batches, so that several steps a batch do not cost the run its epochs' ends.
     """
 
     def __init__(self, steps: int) -> None:
@@ -71,7 +71,7 @@ class StopAfter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ask the Trainer to stop."""
-        if trainer.global_step >= self._steps:
+        if min(trainer.global_step, trainer.fit_loop.total_batch_idx + 1) >= self._steps:
             trainer.should_stop = True
 
 
