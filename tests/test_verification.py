@@ -445,11 +445,14 @@ def test_a_loader_without_length_that_ends_before_the_limit_has_a_plain_loop(acc
 
 
 class Halves(Plain):
-    """Halves the learning rate at each epoch's end."""
+    """Halves the learning rate at each epoch's end, or at each step."""
+
+    interval = "epoch"
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        return [optimizer], torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return [optimizer], {"scheduler": scheduler, "interval": self.interval}
 
 
 class Skips(Halves):
@@ -457,10 +460,14 @@ class Skips(Halves):
         return -1 if batch_idx == 3 else None
 
 
+class SkipsByStep(Skips):
+    interval = "step"
+
+
 @pytest.mark.parametrize(
     ("kind", "dataset"),
-    [(Halves, NoLength()), (Skips, NoLength()), (Halves, loader(shuffle=False).dataset)],
-    ids=["no length", "skips", "length"],
+    [(Halves, NoLength()), (Skips, NoLength()), (SkipsByStep, NoLength()), (Halves, loader(shuffle=False).dataset)],
+    ids=["no length", "skips", "skips a step", "length"],
 )
 def test_an_epochs_end_that_the_trainer_does_not_know_steps_no_scheduler(kind, dataset):
     """Stepped wherever an epoch ends, the first differs."""

@@ -471,11 +471,7 @@ class Verification:
 
 
 def assert_finite(diverged: int) -> None:
-    """Say nothing of a training whose weights were not finite after the step ``diverged``: NaN equals any NaN.
-
-    Raises:
-        NotApplicable: If it is not 0.
-    """
+    """Say nothing of a training whose weights were not finite after a step, as NaN equals any NaN; 0 is no step."""
     if diverged:
         raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
 
@@ -498,11 +494,7 @@ def same_metric(value: float, expected: float) -> bool:
 
 
 def assert_same_length(trace: Trace, reference: Trace) -> None:
-    """Fail if a run, equal as far as it went, ended at another step, or nothing was compared.
-
-    Raises:
-        Failed: If so.
-    """
+    """Fail if a run, equal as far as it went, ended at another step, or nothing was compared."""
     if trace.steps != reference.steps or not trace.compared:
         raise Failed(f"made {trace.steps} steps instead of {reference.steps}; {trace.compared} comparisons")
 

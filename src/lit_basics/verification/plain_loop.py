@@ -98,6 +98,7 @@ def plain_loop(
             over = index + 1 == length  # else Lightning does not know, as of a loader without a length
             if hook(module, "on_train_batch_start", batch, index) == -1:
                 over = True
+                update(schedulers, "step", index)  # as Lightning does
                 break
 
             def backward(index: int = index, batch: Any = batch) -> Any:

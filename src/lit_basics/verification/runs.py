@@ -179,11 +179,7 @@ class Subject:
         return trace
 
     def loop(self, report: Report, folder: Path, reference: Trace) -> Trace:
-        """Train by the plain loop.
-
-        Raises:
-            NotApplicable: If the module has none.
-        """
+        """Train by the plain loop, if the module has one."""
         if self.arguments.get("reload_dataloaders_every_n_epochs"):
             raise NotApplicable("reload_dataloaders_every_n_epochs makes loaders anew, which only a Trainer does")
         folder.mkdir()
