@@ -24,6 +24,7 @@ from lightning.pytorch.demos.boring_classes import (
 )
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -179,6 +180,39 @@ def test_a_metric_of_one_rank_only_fails():
     assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
 
 
+class DrawsInValidation(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_noise", torch.rand(()), sync_dist=True)
+
+
+class RankZero(Plain):
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.log("val_batches", 8.0, rank_zero_only=True)
+
+
+class InFloat(Plain):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step((batch[0].float(), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "more"),
+    [
+        (DrawsInValidation, {}, "; validation draws random numbers, its metrics are not compared"),
+        (RankZero, {}, ""),
+        (Plain, {"precision": "bf16-true"}, ""),
+        (InFloat, {}, ""),
+    ],
+    ids=["draws", "rank 0 only", "bf16-true", "not in float64"],
+)
+def test_metrics_that_may_differ_from_rank_to_rank(kind, settings, more):
+    """Of each it was said that it is the mean of one rank's batches; the last cannot be validated in float64."""
+    report = verify(kind(samples=64), loader(shuffle=True), checks=["ddp"], **settings, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert report["ddp"].text.endswith(f"; each of 64 validation samples counted once{more}")
+
+
 class Undefined(Plain):
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
@@ -292,10 +326,49 @@ def test_a_training_that_diverges_proves_nothing():
     assert verify(Diverging(), data, checks=["loop", "ddp"], steps=4, **EXACT).passed
 
 
-def test_a_changed_update_fails_against_the_plain_loop():
+def test_an_update_of_the_modules_own_has_no_plain_loop():
     report = verify(Own(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable"}
     assert "at step 4: net.3.bias by 1" in report["loop"].text
     assert "Own overrides optimizer_step" in report["loop"].text
+
+
+class Adds(pl.Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                pl_module.net[3].bias.add_(1)
+
+
+class WithAdds(Plain):
+    def configure_callbacks(self):
+        return [Adds()]
+
+
+def test_a_changed_update_fails_against_the_plain_loop():
+    report = verify(WithAdds(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "failed"}
+    assert "at step 4: net.3.bias by 1" in report["loop"].text
+
+
+class WarmsUp(LitClassifier):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.param_groups[0]["lr"] = 0.01 * min(1, (1 + self.trainer.global_step) / 4)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+class KeepsGradients(LitClassifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        pass
+
+
+@pytest.mark.parametrize(("kind", "name"), [(WarmsUp, "optimizer_step"), (KeepsGradients, "optimizer_zero_grad")])
+def test_what_only_automatic_optimization_calls_leaves_one_mode(kind, name):
+    """Tried nevertheless, "manual differs"."""
+    model = kind(nn.Linear(4, 2), num_classes=2)
+    report = verify(model, loader(shuffle=False), checks=["loop", "manual"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable", "manual": "not applicable"}, str(report)
+    assert all(f"{kind.__name__} overrides {name}" in verdict.text for verdict in report.verdicts)
 
 
 class NeedsTrainer(Plain):
@@ -342,6 +415,19 @@ def test_a_compiled_module_is_verified_as_it_was():
     assert model._compiler_ctx is None
 
 
+class NeverCompiled(nn.Linear):
+    def compile(self, *args, **kwargs):
+        raise AssertionError("compiled")
+
+
+def test_compile_net_is_left_out():
+    """A compiled net rounds otherwise than the plain loop's."""
+    model = LitClassifier(NeverCompiled(4, 2), num_classes=2, compile_net=True)
+    report = verify(model, loader(shuffle=False), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed", "ddp": "passed"}, str(report)
+    assert model.compile_net is True
+
+
 class NoLength(IterableDataset):
     """Five batches, which nobody knows before."""
 
@@ -355,6 +441,68 @@ def test_a_loader_without_length_that_ends_before_the_limit_has_a_plain_loop(acc
     data = DataLoader(NoLength(), batch_size=8)
     settings = {**EXACT, "accumulate_grad_batches": accumulate}
     report = verify(Plain(), data, checks=["loop"], steps=9, **settings)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class Halves(Plain):
+    """Halves the learning rate at each epoch's end, or at each step."""
+
+    interval = "epoch"
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return [optimizer], {"scheduler": scheduler, "interval": self.interval}
+
+
+class Skips(Halves):
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None
+
+
+class SkipsByStep(Skips):
+    interval = "step"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dataset"),
+    [(Halves, NoLength()), (Skips, NoLength()), (SkipsByStep, NoLength()), (Halves, loader(shuffle=False).dataset)],
+    ids=["no length", "skips", "skips a step", "length"],
+)
+def test_an_epochs_end_that_the_trainer_does_not_know_steps_no_scheduler(kind, dataset):
+    """Stepped wherever an epoch ends, the first differs."""
+    report = verify(kind(), DataLoader(dataset, batch_size=8), checks=["loop"], steps=18, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class SharedNoLength(IterableDataset):
+    """Three batches of a rank, which nobody knows before."""
+
+    def __iter__(self):
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        yield from zip(*loader(shuffle=False).dataset[rank::ranks], strict=True)
+
+
+def test_two_ranks_of_a_loader_without_length():
+    """Replayed as three batches of an epoch that has three, one process makes a step of what remains of two."""
+    data = DataLoader(SharedNoLength(), batch_size=8)
+    report = verify(Halves(samples=64), data, checks=["ddp"], accumulate_grad_batches=2, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+class MadeLater(Plain):
+    def __init__(self):
+        super().__init__()
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(nn.Linear(4, 2))
+
+
+def test_layers_made_in_configure_model_are_drawn_in_the_precision():
+    """Drawn in float32 they are other numbers."""
+    report = verify(MadeLater(), loader(shuffle=False), checks=["loop"], steps=4, precision="64-true", **EXACT)
     assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
@@ -382,6 +530,57 @@ def test_draws_of_pythons_own_generator_are_resumed():
     settings = {**EXACT, "callbacks": []}
     report = verify(Drawing(), data, checks=["resume"], steps=4, **settings)
     assert "the random state is not in the checkpoint" in report["resume"].text
+
+
+class Manual(Plain):
+    """Makes ``updates`` of each batch, or one of every ``-updates``."""
+
+    def __init__(self, updates):
+        super().__init__(samples=64)
+        self.updates, self.automatic_optimization = updates, False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(max(self.updates, 1)):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if self.updates > 0 or (batch_idx + 1) % -self.updates == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+class ForgetsItsEpoch:
+    """Has a state that says where in its epoch of four batches it is, and not in which."""
+
+    epoch, position, start = -1, 0, 0
+
+    def __iter__(self):
+        self.epoch += 1
+        start, self.start = self.start, 0
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).split(8)
+        for self.position in range(start, 4):
+            yield loader(shuffle=False).dataset[order[self.position]]
+
+    def state_dict(self):
+        return {"start": (self.position + 1) % 4}
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+
+
+def test_several_updates_of_a_batch_are_resumed_at_epochs_ends_too():
+    """Ended after as many updates, the run has no second epoch."""
+    report = verify(Manual(3), ForgetsItsEpoch(), checks=["resume"], steps=12, **EXACT)
+    assert "8 of 11 resume points differ; the first, resumed after batch4" in report["resume"].text
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    assert verify(Manual(3), data, checks=["resume"], steps=12, **EXACT).passed
+
+
+def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
+    """Else both are "failed"."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(Manual(-6), data, checks=["resume", "ddp"], steps=6, **EXACT)
+    assert outcomes(report) == {"resume": "not applicable", "ddp": "not applicable"}, str(report)
+    assert report["resume"].text == "no optimizer step in epochs of 2 batches; --steps makes them longer"
 
 
 class Saving(Plain):
@@ -433,6 +632,98 @@ def test_batches_of_other_lengths_on_each_rank_cannot_be_compared():
     report = verify(Padded(samples=64), data, checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "not applicable"}, str(report)
     assert "the ranks' batches cannot be put together into one: Sizes of tensors must match" in report["ddp"].text
+
+
+class Texts(TensorDataset):
+    """A text for each sample, that says twice its first number."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x, y, str(2 * float(x[0]))
+
+
+class ReadsTexts(Plain):
+    val_dataloader = None
+
+    def training_step(self, batch, batch_idx):
+        x, y, texts = batch
+        return super().training_step((x * torch.tensor([[float(text)] for text in texts]), y), batch_idx)
+
+
+def test_texts_of_two_ranks_are_put_together():
+    """Those of one rank alone are too few: "The size of tensor a (16) must match"."""
+    data = DataLoader(Texts(*loader(shuffle=False).dataset.tensors), batch_size=8, shuffle=True)
+    report = verify(ReadsTexts(), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+class Masked(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y, mask = batch
+        return super().training_step((mask @ x, y), batch_idx)
+
+
+class Keyed(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(next(iter(batch.values())), batch_idx)
+
+
+def with_mask(samples):
+    return *(torch.stack(part) for part in zip(*samples, strict=True)), torch.eye(len(samples))
+
+
+def with_key(samples):
+    x, y = map(torch.stack, zip(*samples, strict=True))
+    return {f"{float(x[0, 0])}": (x, y)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "collate", "reason"),
+    [
+        (Masked, with_mask, "one process cannot take the ranks' batches put together: RuntimeError at test_verif"),
+        (Keyed, with_key, "the ranks' batches cannot be put together into one: dictionaries with other keys"),
+    ],
+)
+def test_batches_that_one_process_cannot_take_say_nothing_of_two(kind, collate, reason):
+    """Else the first is "failed", and the second a KeyError out of ``verify``."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True, collate_fn=collate)
+    report = verify(kind(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert reason in report["ddp"].text
+
+
+class Packed(Plain):
+    """Reads sequences; keeps a table."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        self.register_buffer("table", table)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        _, (hidden, _) = self.lstm(x)
+        return self.criterion(self.net(torch.sparse.mm(self.table.to(hidden.dtype), hidden[0].mT).mT), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx), batch_size=len(batch[1]), sync_dist=True)
+
+
+def packed(samples):
+    parts = [x.expand(1 + int(length) % 3, -1) for x, _, length in samples]
+    return nn.utils.rnn.pack_sequence(parts, enforce_sorted=False), torch.stack([y for _, y, _ in samples])
+
+
+@pytest.mark.parametrize(
+    ("table", "checks"),
+    [(torch.eye(4), ["loop", "ddp"]), (torch.eye(4).to_sparse(), ["loop", "resume"])],  # DDP takes no sparse buffer
+)
+def test_packed_sequences_and_sparse_buffers_are_compared(table, checks):
+    """Made anew of None, and without a kernel for ``torch.equal``, they end in errors."""
+    x, y = loader(shuffle=False).dataset.tensors
+    data = ResumableDataLoader(TensorDataset(x, y, torch.arange(48)), batch_size=8, shuffle=True, collate_fn=packed)
+    report = verify(Packed(table), data, data, checks=checks, steps=4, **EXACT)
+    assert outcomes(report) == dict.fromkeys(checks, "passed"), str(report)
 
 
 class PadsValidation(Plain):
@@ -575,6 +866,46 @@ def test_random_numbers_within_the_step_say_nothing_of_ranks():
     report = verify(Noisy(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "not applicable"}, str(report)
     assert "the step draws random numbers, which differ from rank to rank by intent" in report["ddp"].text
+
+
+class Branching(nn.Module):
+    """Has a second output in training, as GoogLeNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.linear, self.second = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.linear(self.dropout(x))
+        return (y, self.second(x)) if self.training else y
+
+
+class TwoOutputs(Plain):
+    val_dataloader = None
+
+    def __init__(self):
+        super().__init__()
+        self.net = Branching()
+
+    def training_step(self, batch, batch_idx):
+        (first, second), y = self.net(batch[0]), batch[1]
+        return self.criterion(first, y) + self.criterion(second, y)
+
+
+def test_a_net_that_holds_a_dropout_layer_stays_in_training_on_two_ranks():
+    """Held still as its dropout layer is, it has one output, and "the run ended in ValueError"."""
+    report = verify(TwoOutputs(), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_two_ranks_under_slurm(alone):
+    """With SLURM's environment among the plugins both are rank 0, or wait for a master."""
+    slurm = SLURMEnvironment(auto_requeue=False)
+    settings = {**EXACT, "plugins": slurm if alone else [*EXACT["plugins"], slurm]}
+    report = verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **settings)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
 
 
 class Unused(Plain):

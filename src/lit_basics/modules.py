@@ -29,6 +29,12 @@ from lit_basics.recording import NEVER, recorder_of
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """Modes of torch.compile."""
 
+AUTOMATIC_ONLY = {
+    "training_step": "override compute_loss",
+    "optimizer_step": "give a scheduler",
+    "optimizer_zero_grad": "use automatic optimization",
+}
+"""What a subclass overrides for automatic optimization alone, and what it can do instead."""
 _PRIMITIVES = (bool, int, float, str, type(None))
 
 
@@ -105,11 +111,7 @@ class LitSupervised(pl.LightningModule):
         self.own_optimizers = is_overridden("configure_optimizers", self, LitSupervised)
         several = steps_per_execution > 1
         manual = f"steps_per_execution={steps_per_execution}" if several else "automatic_optimization=False"
-        for name, instead in (
-            ("training_step", "override compute_loss"),
-            ("optimizer_step", "give a scheduler"),
-            ("optimizer_zero_grad", "use automatic optimization"),
-        ):
+        for name, instead in AUTOMATIC_ONLY.items():
             if (several or not automatic_optimization) and is_overridden(name, self, LitSupervised):
                 raise UserError(f"{type(self).__name__} overrides {name}, so {manual} cannot apply: {instead} instead")
         self.save_hyperparameters(_Arguments(_primitive_arguments(self)))

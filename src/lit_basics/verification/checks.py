@@ -27,13 +27,12 @@ from tqdm import tqdm
 
 from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
-from lit_basics.modules import LitSupervised
+from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, run_all, run_together
-from lit_basics.verification.plain_loop import NotApplicable
-from lit_basics.verification.ranks import RANKS, Recorded, environments, has_samples, joined
-from lit_basics.verification.report import Outcome, Report, Verdict
-from lit_basics.verification.runs import Subject
-from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding
+from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
+from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
+from lit_basics.verification.runs import RANK_STEPS, Subject
+from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding, tensors_of
 
 CHECKS = ("loop", "resume", "manual", "ddp", "kill")
 STEPS = 24
@@ -50,6 +49,8 @@ takes no notice of the gradient's length (Adam, Muon) a factor leaves no more th
 """
 TELLING = 0.01
 """The part of an update that must be above the rounding of the weight, or the update tells nothing."""
+UNCALLED = ("optimizer_step", "lr_scheduler_step", "configure_gradient_clipping", "backward", "optimizer_zero_grad")
+"""Hooks around the update that the plain loop does not call."""
 METRIC_TOLERANCE = 1e-5
 """Largest difference of a validation metric, relative to values above 1: float32 sums in another order."""
 
@@ -78,12 +79,12 @@ def verify(
     All but *ddp* compare bit for bit.
 
     Args:
-        model: The module to train; it is not changed. One that ``torch.compile`` made is trained uncompiled.
+        model: The module to train; it is not changed. It is trained uncompiled.
         train_dataloaders: As for ``Trainer.fit``.
         val_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
         checks: Which checks to make, of ``loop``, ``resume``, ``manual``, ``ddp`` and ``kill``.
-        steps: Optimizer steps of each run (*ddp* makes five).
+        steps: Optimizer steps of each run, and batches at least (*ddp* makes five).
         progress: Whether to show a progress bar, on stderr.
         each: Called with each verdict as soon as it is there.
         weights_only: As for ``Trainer.fit``, for the checkpoints that are resumed from.
@@ -193,13 +194,16 @@ class Verification:
         """Return the trace of the uninterrupted run, made at the first call.
 
         Raises:
-            NotApplicable: If it diverges.
+            NotApplicable: If it diverges, or makes no step by itself in an epoch of the run.
             RunError: If it makes no step, or if it does not come out the same twice.
         """
         if self._reference is None:
             trace: Trace = self.one(
                 partial(self.subject.trace, folder=self.folder / "reference", save_to=self.folder / "checkpoints")
             )
+            if not (trace.steps or self.subject.model.automatic_optimization):
+                batches = self.subject.limit(self.subject.steps)
+                raise NotApplicable(f"no optimizer step in epochs of {batches} batches; --steps makes them longer")
             if not trace.steps:
                 raise RunError("no optimizer step")
             assert_finite(trace.diverged)
@@ -238,8 +242,14 @@ class Verification:
             raise NotApplicable(f"a plain loop cannot run it, it needs a Trainer: {error}") from error
         if trace.difference is not None:
             self.reference()  # says so if no two runs are equal
-            cause = loop_cause(self.subject.model, trace, bare)
-            raise Failed(f"differs from a plain loop's {trace.difference}; {cause}")
+            model = self.subject.model
+            changed = ", ".join(name for name in UNCALLED if is_overridden(name, model))
+            if changed:
+                raise NotApplicable(
+                    f"{type(model).__name__} overrides {changed}, which the plain loop does not call: "
+                    f"the Trainer differs from it {trace.difference}"
+                )
+            raise Failed(f"differs from a plain loop's {trace.difference}; {loop_cause(trace, bare)}")
         assert_same_length(trace, bare)
         return f"{bare.steps} steps, {trace.compared} comparisons: equal to a plain loop's"
 
@@ -277,8 +287,9 @@ class Verification:
         model = self.subject.model
         if not isinstance(model, LitSupervised):
             raise NotApplicable(f"{type(model).__name__} has one mode; a LitSupervised module has both")
-        if model.own_training_step:
-            raise NotApplicable(f"{type(model).__name__} overrides training_step; with compute_loss it has both modes")
+        for name in AUTOMATIC_ONLY:
+            if is_overridden(name, model, LitSupervised):
+                raise NotApplicable(f"{type(model).__name__} overrides {name}, which leaves it automatic optimization")
         reference = self.reference()
         try:
             trace: Trace = self.one(
@@ -295,7 +306,7 @@ class Verification:
 
     def ddp(self) -> str:
         """Compare two ranks with one process: updates, and validation."""
-        steps, compared = self._ddp_updates()
+        steps, compared, trained = self._ddp_updates()
         model, data = self.subject.model, self.subject.datamodule
         loader = self.subject.val_dataloaders is not None or any(
             owner is not None and is_overridden("val_dataloader", owner) for owner in (data, model)
@@ -305,8 +316,15 @@ class Verification:
             return f"{equal}; no validation"
         if isinstance(self.subject.arguments.get("limit_val_batches"), int):
             return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
-        alone, metrics = self.one(partial(self.subject.validate, folder=self.folder, ranks=1))
-        ranks = self._ranks(partial(self.subject.validate, folder=self.folder, ranks=RANKS))
+        for precision in dict.fromkeys((trained, None)):  # what trains may not validate in float64
+            try:
+                validate = partial(self.subject.validate, folder=self.folder, precision=precision)
+                alone, metrics, draws = self.one(partial(validate, ranks=1))
+                ranks = self._ranks(partial(validate, ranks=RANKS))
+                break
+            except RunError:
+                if precision is None:
+                    raise
         seen = ranks[0][0] + ranks[1][0]
         if seen.keys() - alone.keys():
             return f"{equal}; validation samples are others in other batches (padding, random draws): not counted"
@@ -319,43 +337,53 @@ class Verification:
                 "Lightning's sampler pads to equal shares; a loader whose shares may differ does not "
                 "(ArrayDataModule, ResumableDataLoader)"
             )
-        for rank, (_, values) in enumerate(ranks):
+        counted = f"each of {alone.total()} validation samples counted once" if alone else "no validation"
+        for rank, (_, values, _) in enumerate(ranks):
             for name, expected in metrics.items():
+                if rank and name not in values:
+                    continue  # logged by rank 0 only
                 value = values.get(name, float("nan"))
-                if name not in values or not same_metric(value, expected):
+                if not same_metric(value, expected):
+                    if draws:
+                        return f"{equal}; {counted}; validation draws random numbers, its metrics are not compared"
                     raise Failed(
                         f"{name} is {value:.6g} on rank {rank} of two, {expected:.6g} in one process: it is the "
                         "mean of that rank's batches; log it with sync_dist=True, or as a torchmetrics metric"
                     )
-        counted = f"each of {alone.total()} validation samples counted once" if alone else "no validation"
         return f"{equal}; {counted}"
 
-    def _ddp_updates(self) -> tuple[int, int]:
+    def _ddp_updates(self) -> tuple[int, int, str | None]:
         for precision, tolerance in TOLERANCES.items():  # noqa: B007  # the one that the break leaves is used below
+            ranks: list[Recorded] = []
             try:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
-                epochs = [
-                    [joined(list(batches)) for batches in zip(*epochs, strict=False)]
-                    for epochs in zip(*(rank.epochs for rank in ranks), strict=False)
-                ]
+                epochs = joined_epochs(ranks)
                 alone: Recorded = self.one(
-                    partial(self.subject.replay, folder=self.folder, epochs=epochs, precision=precision)
+                    partial(
+                        self.subject.replay,
+                        folder=self.folder,
+                        epochs=epochs,
+                        length=ranks[0].length,
+                        precision=precision,
+                    )
                 )
             except RunError as error:
                 if precision is None:
                     self.bare()
                     if error.kind == "UserError":  # refused, as a batch size that two ranks cannot share
                         raise NotApplicable(error.reason) from error
+                    if ranks:
+                        what = "one process cannot take the ranks' batches put together"
+                        raise NotApplicable(f"{what}: {error}") from error
                     raise
                 continue  # it cannot train in float64
-            except (RuntimeError, TypeError, ValueError) as error:
-                reason = first_line(error)
-                raise NotApplicable(f"the ranks' batches cannot be put together into one: {reason}") from error
             break
         first, second = (rank.epochs[0] for rank in ranks)
-        if first and has_samples(first[0]) and digest(first[0]) == digest(second[0]):
+        if first and tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
         steps, made = len(alone.states), [len(rank.states) for rank in ranks]
+        if not (any([steps, *made]) or self.subject.model.automatic_optimization):
+            raise NotApplicable(f"no optimizer step in epochs of {RANK_STEPS} batches, of which it makes no more")
         if {steps} != set(made) or not steps:
             raise Failed(f"two ranks made {made} steps, one process {steps}")
         compared, update = 0, 0.0
@@ -386,7 +414,7 @@ class Verification:
             raise NotApplicable(
                 f"in {steps} steps no weight moves by more than {update:.3g}: rounding would hide a fault"
             )
-        return steps, compared
+        return steps, compared, precision
 
     def _ranks(self, work: Callable[[Callable[[int], None]], Any]) -> list[Any]:
         self.bar.total += RANKS
@@ -442,18 +470,21 @@ class Verification:
         raise NotApplicable("the run is too short to be killed within it")
 
 
-class Failed(Exception):
-    """Why a check failed."""
-
-
 def assert_finite(diverged: int) -> None:
-    """Say nothing of a training whose weights were not finite after the step ``diverged``: NaN equals any NaN.
-
-    Raises:
-        NotApplicable: If it is not 0.
-    """
+    """Say nothing of a training whose weights were not finite after a step, as NaN equals any NaN; 0 is no step."""
     if diverged:
         raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
+
+
+def joined_epochs(ranks: list[Recorded]) -> list[list[Any]]:
+    """Return the batches of all ranks, put together; not if they cannot be."""
+    try:
+        return [
+            [joined(list(batches)) for batches in zip(*epochs, strict=False)]
+            for epochs in zip(*(rank.epochs for rank in ranks), strict=False)
+        ]
+    except Exception as error:  # a batch may be anything
+        raise NotApplicable(f"the ranks' batches cannot be put together into one: {first_line(error)}") from error
 
 
 def same_metric(value: float, expected: float) -> bool:
@@ -463,11 +494,7 @@ def same_metric(value: float, expected: float) -> bool:
 
 
 def assert_same_length(trace: Trace, reference: Trace) -> None:
-    """Fail if a run, equal as far as it went, ended at another step, or nothing was compared.
-
-    Raises:
-        Failed: If so.
-    """
+    """Fail if a run, equal as far as it went, ended at another step, or nothing was compared."""
     if trace.steps != reference.steps or not trace.compared:
         raise Failed(f"made {trace.steps} steps instead of {reference.steps}; {trace.compared} comparisons")
 
@@ -507,12 +534,8 @@ def resume_cause(trace: Trace, reference: Trace) -> str:
     return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"
 
 
-def loop_cause(model: pl.LightningModule, trace: Trace, bare: Trace) -> str:
+def loop_cause(trace: Trace, bare: Trace) -> str:
     """Return in words why the Trainer probably differs from a plain loop."""
-    names = ("optimizer_step", "lr_scheduler_step", "configure_gradient_clipping", "backward", "optimizer_zero_grad")
-    changed = [name for name in names if is_overridden(name, model)]
-    if changed:
-        return f"{type(model).__name__} overrides {', '.join(changed)}, which the plain loop does not call"
     batch = first_difference(trace.batches, bare.batches)
     if batch is not None:
         return f"batch {batch} is another one: the loader depends on the Trainer or on something outside the seed"

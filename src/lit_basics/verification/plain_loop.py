@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_basics.modules import LitSupervised, default_dtype
+from lit_basics.verification.report import NotApplicable
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 PRECISIONS = ("32-true", "bf16-mixed", *DTYPES)
 """The precisions that the loop has."""
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-class NotApplicable(Exception):
-    """Why a check says nothing about this training."""
 
 
 def plain_loop(
@@ -70,11 +67,12 @@ def plain_loop(
             owner.trainer = None  # of an earlier fit, on a GPU perhaps
             owner.prepare_data()
             owner.setup("fit")
-    module.configure_model()
+    dtype = DTYPES.get(precision)
+    with default_dtype(dtype or torch.get_default_dtype()):
+        module.configure_model()
     source = loaders if loaders is not None else (datamodule or module).train_dataloader()
     loader = source if isinstance(source, CombinedLoader) else CombinedLoader(source, "max_size_cycle")
     seed_workers(loader)
-    dtype = DTYPES.get(precision)
     module.to(dtype)
     plan = Plan(epoch_length(loader, batches), accumulate, settings.max_epochs or -1, settings.max_steps)
     module.trainer = plan  # type: ignore[assignment]
@@ -89,6 +87,7 @@ def plain_loop(
     hook(module, "on_train_start")
     done = epoch = number = 0
     while done < steps:
+        over = False
         set_epoch(loader, epoch)
         hook(module, "on_train_epoch_start")
         length = epoch_length(loader, batches)
@@ -96,7 +95,10 @@ def plain_loop(
             batch = transferred(batch, module, datamodule, dtype)
             before_batch(number, batch)
             number += 1
+            over = index + 1 == length  # else Lightning does not know, as of a loader without a length
             if hook(module, "on_train_batch_start", batch, index) == -1:
+                over = True
+                update(schedulers, "step", index)  # as Lightning does
                 break
 
             def backward(index: int = index, batch: Any = batch) -> Any:
@@ -113,8 +115,7 @@ def plain_loop(
                     hook(module, "on_after_backward")
                 return loss
 
-            updates = (index + 1) % accumulate == 0 or index + 1 == length
-            if updates:
+            if (index + 1) % accumulate == 0 or over:
                 for optimizer in optimizers:
 
                     def closure(optimizer: Any = optimizer, backward: Any = backward) -> Any:
@@ -131,7 +132,8 @@ def plain_loop(
             if done == steps:
                 return
         hook(module, "on_train_epoch_end")
-        update(schedulers, "epoch", epoch)
+        if over:
+            update(schedulers, "epoch", epoch)
         epoch += 1
         counters["current_epoch"] = epoch
 
@@ -180,7 +182,7 @@ def optimizers_of(module: pl.LightningModule) -> tuple[list[torch.optim.Optimize
     made: Any = module.configure_optimizers()
     optimizers, schedulers = [], []
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], (list, tuple)):
-        optimizers, schedulers = list(made[0]), list(made[1])
+        optimizers, schedulers = list(made[0]), made[1] if isinstance(made[1], list) else [made[1]]
     else:
         for one in made if isinstance(made, (list, tuple)) else [] if made is None else [made]:
             optimizers.append(one["optimizer"] if isinstance(one, dict) else one)

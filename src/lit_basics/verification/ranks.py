@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from lit_basics.finite import are_finite
-from lit_basics.verification.tracing import State, digest, random_digest, training_state
+from lit_basics.verification.tracing import State, digest, random_digest, tensors_of, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -44,6 +45,8 @@ class Recorded:
 
     epochs: list[list[Any]] = dataclasses.field(default_factory=list)
     """The training batches of each epoch."""
+    length: int = 0
+    """The batches of an epoch as the Trainer counts them: of a loader without a length, its limit."""
     initial: State = dataclasses.field(default_factory=dict)
     """The trained parameters before the first step."""
     states: list[State] = dataclasses.field(default_factory=list)
@@ -63,10 +66,12 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights; hold batch-norm and dropout still: they differ from rank to rank by intent."""
+        self.recorded.length = int(trainer.num_training_batches)
         trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
         self.recorded.initial = {name: value.detach().clone() for name, value in trained.items()}
         for module in pl_module.modules():
-            if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or hasattr(module, "dropout"):
+            rate = getattr(module, "dropout", None)  # a number, as of nn.LSTM: it draws by itself
+            if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or isinstance(rate, (int, float)):
                 module.training = False  # and not that of the modules in it
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,12 +102,13 @@ class Replay:
 
     Args:
         epochs: The batches of each epoch.
+        length: How many they are said to be.
     """
 
     batch_sampler = None
 
-    def __init__(self, epochs: list[list[Any]]) -> None:
-        self._epochs = epochs
+    def __init__(self, epochs: list[list[Any]], length: int) -> None:
+        self._epochs, self._length = epochs, length
         self._epoch = 0
         self.sampler = self  # Lightning calls set_epoch of it
 
@@ -111,29 +117,35 @@ class Replay:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._epochs[0])
+        return self._length
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._epochs[self._epoch])
 
 
 def joined(batches: list[Any]) -> Any:
-    """Return one batch of the ranks' batches: tensors are put together along their first dimension.
+    """Return one batch of the ranks' batches: tensors, and lists of text, are put together along their first dimension.
 
     Raises:
         RuntimeError: If their other dimensions differ.
         TypeError: If a batch is of a type that is not known.
-        ValueError: If lists in them are of different lengths.
+        ValueError: If lists in them are of different lengths, or dictionaries have different keys.
     """
     first = batches[0]
     if isinstance(first, Tensor):
         return torch.cat(batches) if first.ndim else first
     if isinstance(first, Mapping):
+        if any(batch.keys() != first.keys() for batch in batches):
+            raise ValueError("dictionaries with other keys")
         parts = {key: joined([batch[key] for batch in batches]) for key in first}
         return parts if type(first) is dict else type(first)(parts)  # type: ignore[call-arg]
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
         return dataclasses.replace(first, **{n: joined([getattr(batch, n) for batch in batches]) for n in names})
+    if type(first) in (list, tuple) and first and all(isinstance(item, str) for item in first):
+        return sum(batches[1:], start=first)  # one text for each sample
+    if isinstance(first, PackedSequence):
+        return pack_sequence([part for batch in batches for part in unpack_sequence(batch)], enforce_sorted=False)
     if isinstance(first, (list, tuple)):
         items = [joined(list(part)) for part in zip(*batches, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
@@ -142,18 +154,19 @@ def joined(batches: list[Any]) -> Any:
     raise TypeError(f"a batch of type {type(first).__name__}")
 
 
-def has_samples(batch: Any) -> bool:
-    """Return whether there is a tensor in a batch with a first dimension."""
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, lambda value: found.append(value) if value.ndim else None)
-    return bool(found)
-
-
 class Samples(pl.Callback):
-    """Counts the samples of a validation by their content."""
+    """Counts the samples of a validation by their content, and notes whether its steps draw random numbers."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
+        self.draws = False
+        self._random = ""
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the random state."""
+        self._random = random_digest()
 
     def on_validation_batch_end(
         self,
@@ -164,9 +177,9 @@ class Samples(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch's samples."""
-        tensors: list[Tensor] = []
-        apply_to_collection(batch, Tensor, lambda value: tensors.append(value) if value.ndim else None)
+        """Count the batch's samples, and note whether random numbers were drawn."""
+        self.draws |= random_digest() != self._random
+        tensors = tensors_of(batch)
         tensors = [value for value in tensors if len(value) == len(tensors[0])]
         for sample in zip(*tensors, strict=True):
             self.seen[f"{dataloader_idx} {digest(list(sample))}"] += 1

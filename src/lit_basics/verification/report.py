@@ -6,6 +6,14 @@ from typing import Literal
 Outcome = Literal["passed", "failed", "not applicable"]
 
 
+class NotApplicable(Exception):
+    """Why a check says nothing about this training."""
+
+
+class Failed(Exception):
+    """Why a check failed."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The row of one check."""

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lit_basics.verification.plain_loop import TRANSFER_HOOKS, NotApplicable, plain_loop
+from lit_basics.modules import LitSupervised
+from lit_basics.verification.plain_loop import TRANSFER_HOOKS, plain_loop
 from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Samples
+from lit_basics.verification.report import NotApplicable
 from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
 
 Report = Callable[[int], None]
@@ -26,6 +29,8 @@ LEFT_OUT = (
     "model_registry",
 )
 """The Trainer's arguments that no run is given."""
+OUTPUT = (Checkpoint, ProgressBar)
+"""Callbacks that write checkpoints to places of their own, or draw bars."""
 RANK_STEPS = 5
 """Optimizer steps on two ranks: rounding in another order grows with each."""
 
@@ -56,7 +61,7 @@ class StopAfter(pl.Callback):
     """Ends a run after a number of steps; not ``max_steps``, with which Lightning counts epochs in another way.
 
     Args:
-        steps: Optimizer steps.
+        steps: Optimizer steps; and batches, so that several steps a batch do not cost the run its epochs' ends.
     """
 
     def __init__(self, steps: int) -> None:
@@ -66,7 +71,7 @@ class StopAfter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ask the Trainer to stop."""
-        if trainer.global_step >= self._steps:
+        if min(trainer.global_step, trainer.fit_loop.total_batch_idx + 1) >= self._steps:
             trainer.should_stop = True
 
 
@@ -119,16 +124,19 @@ class Subject:
             "enable_model_summary": False,
             "default_root_dir": str(folder),
             "callbacks": [StopAfter(steps), *callbacks],
+            "plugins": without(given.get("plugins", []), ClusterEnvironment),  # the ranks are two processes here
             **others,
         }
+        if isinstance(self.model, LitSupervised):
+            self.model.compile_net = False  # it rounds differently
         configured = self.model.configure_callbacks
-        self.model.configure_callbacks = lambda: without_output(configured())  # type: ignore[method-assign]
+        self.model.configure_callbacks = lambda: without(configured(), *OUTPUT)  # type: ignore[method-assign]
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
     def callbacks(self) -> list[pl.Callback]:
-        """Return the user's callbacks, without those of :func:`without_output`."""
-        return without_output(self.arguments.get("callbacks") or [])
+        """Return the user's callbacks, without those that put something out."""
+        return without(self.arguments.get("callbacks") or [], *OUTPUT)
 
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
         """Train; from a checkpoint if there is one."""
@@ -171,11 +179,7 @@ class Subject:
         return trace
 
     def loop(self, report: Report, folder: Path, reference: Trace) -> Trace:
-        """Train by the plain loop.
-
-        Raises:
-            NotApplicable: If the module has none.
-        """
+        """Train by the plain loop, if the module has one."""
         if self.arguments.get("reload_dataloaders_every_n_epochs"):
             raise NotApplicable("reload_dataloaders_every_n_epochs makes loaders anew, which only a Trainer does")
         folder.mkdir()
@@ -222,31 +226,38 @@ class Subject:
         self.fit(trainer)
         return recorder.recorded
 
-    def replay(self, report: Report, folder: Path, epochs: list[list[Any]], precision: str | None) -> Recorded:
+    def replay(
+        self, report: Report, folder: Path, epochs: list[list[Any]], length: int, precision: str | None
+    ) -> Recorded:
         """Train in one process on given batches."""
-        recorder = Recorder()
+        recorder, loader = Recorder(), Replay(epochs, length)
         trainer = self.short_trainer(folder, recorder, precision)
         for owner in self.owners():  # the batches have been through these hooks
             for name in TRANSFER_HOOKS:
                 setattr(owner, name, lambda batch, *_: batch)
         if self.datamodule is None or self.train_dataloaders is not None:
-            trainer.fit(self.model, Replay(epochs))
+            trainer.fit(self.model, loader)
         else:  # with it, for what asks the Trainer for its DataModule
-            self.datamodule.train_dataloader = lambda: Replay(epochs)  # type: ignore[method-assign]
+            self.datamodule.train_dataloader = lambda: loader  # type: ignore[method-assign]
             trainer.fit(self.model, datamodule=self.datamodule)
         return recorder.recorded
 
-    def validate(self, report: Report, folder: Path, ranks: int) -> tuple[Counter[str], dict[str, float]]:
-        """Validate the untrained module as within ``fit``; the samples and the metrics of this rank."""
-        seen = Samples()
+    def validate(
+        self, report: Report, folder: Path, ranks: int, precision: str | None
+    ) -> tuple[Counter[str], dict[str, float], bool]:
+        """Validate the untrained module as within ``fit``; the samples and metrics of this rank, and if it draws."""
+        samples = Samples()
         several = {"devices": ranks, "strategy": self.ddp_strategy()} if ranks > 1 else {}
-        trainer = self.trainer(folder, RANK_STEPS, [seen], limit_val_batches=1.0, **several)
+        if precision:
+            several["precision"] = precision
+        trainer = self.trainer(folder, RANK_STEPS, [samples], limit_val_batches=1.0, **several)
         self.double_odd_batches()
         loads = [owner for owner in self.owners() if is_overridden("val_dataloader", owner)]
         for owner in loads[-1:]:  # the DataModule's wins
             owner.setup = partial(as_for_fit, owner.setup)  # type: ignore[method-assign]
         trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
-        return seen.seen, {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return samples.seen, metrics, samples.draws
 
     def owners(self) -> list[pl.LightningModule | pl.LightningDataModule]:
         """Return the module, and the DataModule if there is one."""
@@ -273,7 +284,7 @@ def as_for_fit(setup: Callable[..., None], stage: str) -> None:
     setup("fit")
 
 
-def without_output(callbacks: Any) -> list[pl.Callback]:
-    """Return callbacks, one or several, without those that write checkpoints to places of their own, or draw bars."""
-    several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-    return [callback for callback in several if not isinstance(callback, (Checkpoint, ProgressBar))]
+def without(values: Any, *kinds: type) -> list[Any]:
+    """Return values, one or several, without those of some kinds."""
+    several = values if isinstance(values, (list, tuple)) else [values]
+    return [value for value in several if not isinstance(value, kinds)]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
@@ -151,13 +150,19 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
     """Return copies of parameters, buffers and optimizer state, by name."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     held = {**module.state_dict(), **dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
+    state = {name: copied(value) for name, value in held.items() if isinstance(value, Tensor)}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 if isinstance(value, Tensor):
-                    state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = value.detach().clone()
+                    state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = copied(value)
     return state
+
+
+def copied(value: Tensor) -> Tensor:
+    """Return a copy that can be compared: of a sparse tensor, for which ``torch.equal`` is not made, a dense one."""
+    value = value.detach()
+    return value.clone() if value.layout == torch.strided else value.to_dense()
 
 
 def largest_difference(value: Tensor | None, expected: Tensor | None) -> float:
@@ -188,17 +193,30 @@ def digest(batch: Any) -> str:
     """Return a digest of all tensors and numbers in a batch."""
     total = hashlib.blake2b(digest_size=16)
 
-    def add(value: Any) -> None:
+    def add(value: Any) -> Any:
         if isinstance(value, Tensor):
             total.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            if value.layout == torch.strided:
-                value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            total.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-        elif isinstance(value, (str, int, float, bool)):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
             total.update(repr(value).encode())
+        return value  # of it a container of the same type is made, as a PackedSequence of tensors alone
 
     apply_to_collection(batch, (Tensor, str, int, float, bool), add)
     return total.hexdigest()
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return the tensors in a batch that have a first dimension."""
+    found: list[Tensor] = []
+
+    def add(value: Tensor) -> Tensor:
+        if value.ndim:
+            found.append(value)
+        return value
+
+    apply_to_collection(batch, Tensor, add)
+    return found
 
 
 def random_digest() -> str:
