@@ -78,7 +78,7 @@ def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
 def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun")])
     for name, value in final_weights(tmp_path / "launcher").items():
         assert torch.equal(final_weights(tmp_path / "torchrun")[name], value), name

@@ -621,7 +621,7 @@ def test_config_yaml_does_not_carry_the_run_directory(tmp_path):
 
 
 def test_torchrun_alone_trains_on_its_processes_together(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*SMALL, "--trainer.max_epochs", "1", "--run_dir", "run", "--trainer.enable_progress_bar", "false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -410,7 +410,7 @@ def test_kept_memory_is_not_asked_for_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     usual, kept = map(int, done.stdout.split())
     assert usual >= 50
-    assert kept <= usual / 10
+    assert kept <= usual / 2  # the few of other memory
 
 
 CHURN = """
@@ -432,12 +432,12 @@ print(faults())
 
 
 def test_a_process_is_as_quick_after_memory_was_kept():
-    """150 tensors of 8 MB; with the thresholds of glibc's start each is asked for again, 2000 pages."""
+    """150 tensors of 8 MB; with the thresholds of glibc's start each is asked for again: 2000 pages, or 4 huge ones."""
     never, after = (
         int(subprocess.run([sys.executable, "-c", CHURN, when], capture_output=True, text=True, check=True).stdout)
         for when in ("never", "after")
     )
-    assert after <= never + 2000
+    assert after <= never + 150
 
 
 def test_memory_is_kept_with_the_same_weights():

@@ -298,8 +298,10 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path, monkeypatch, caps
     words = ["fit", *SMALL, "--trainer.max_epochs", "1000", "--run_dir", "run"]
     with subprocess.Popen([sys.executable, "-m", "lit_basics", *words], stdout=subprocess.DEVNULL) as process:
         try:
+            deadline = time.monotonic() + 120
             while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
                 assert process.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.1)
             for how in ([], ["--resume", "auto"]):
                 assert main([*words, *how]) == 2

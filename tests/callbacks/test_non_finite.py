@@ -838,19 +838,9 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
     # without _agreed's all_reduce a loss that is nan on rank 1 alone stops rank 1, and rank 0 waits for ever
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    launch = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29531",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
+        [sys.executable, "-W", "ignore", *torchrun, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -20,6 +20,22 @@ WORDS = (
 )
 
 
+SLOW = """
+import sys, time
+from lit_basics import LitLeNet5
+from lit_basics.cli import main
+
+quick = LitLeNet5.compute_loss
+
+def slow(self, *args):
+    time.sleep(0.1 if self.global_step >= 60 else 0)
+    return quick(self, *args)
+
+LitLeNet5.compute_loss = slow
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command line, slow from step 60 on: a signal lands in the 20 seconds that are left, however late it is sent."""
+
 NUMBERS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
 
@@ -30,7 +46,7 @@ def interruptible():
 
 
 def start(run_dir, *more):
-    command = [sys.executable, "-m", "lit_basics", "fit", *WORDS, "--run_dir", str(run_dir), *more]
+    command = [sys.executable, "-c", SLOW, "fit", *WORDS, "--run_dir", str(run_dir), *more]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
     )
