@@ -218,8 +218,14 @@ def test_what_the_thread_still_reads_is_not_written_over(tmp_path, monkeypatch):
     begun.clear()
     io.save_checkpoint(checkpoint(3), tmp_path / "a.ckpt")
     assert begun.wait(30)
-    released = threading.Timer(0.2, go_on.set)  # after the next save has made its copy
-    released.start()
+    copy = checkpoint_io.copied
+
+    def copied_then_released(*args):
+        state = copy(*args)
+        go_on.set()
+        return state
+
+    monkeypatch.setattr(checkpoint_io, "copied", copied_then_released)
     io.save_checkpoint(checkpoint(4), tmp_path / "b.ckpt")
     io.teardown()
     for name, value in (("a", 3), ("b", 4)):

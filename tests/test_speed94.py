@@ -284,7 +284,7 @@ def test_a_loader_without_a_length_tells_no_end(kind):
     """Lightning's number of steps is -1: the rates would grow."""
     with pytest.raises(UserError, match="without a length does not tell: give max_steps"):
         fit(kind(), None, max_epochs=2, train_dataloaders=DataLoader(Endless(), batch_size=3))
-    fit(LitSpeedNet(widths=WIDTHS), None, max_steps=3, train_dataloaders=DataLoader(Endless(), batch_size=3))
+    fit(kind(widths=WIDTHS), None, max_steps=3, train_dataloaders=DataLoader(Endless(), batch_size=3))
 
 
 def test_states_with_and_without_losses():
