@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10, verify
+from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10
 from lit_basics.callbacks.random_state import generator_states, set_generator_states
 
 pytestmark = [
@@ -88,13 +88,6 @@ def test_a_loader_that_is_set_up_early_resumes_at_its_place(data, max_steps, tmp
         resumed = train(data, max_steps, checkpoint=checkpoint)
         assert_equal(resumed[0], state)
         assert resumed[1:] == (steps, lr), checkpoint.stem
-
-
-@pytest.mark.parametrize("data", [images, LitResumable])
-def test_verify_passes_it(data):
-    """Without ``_load_loaders`` every resume point within an epoch fails."""
-    report = verify(Cycled(), datamodule=data(), checks=["resume"], steps=6, callbacks=[RandomState()], progress=False)
-    assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
