@@ -70,6 +70,15 @@ def assert_same_steps(weights, others, steps):
         assert_equal(state, other)
 
 
+def quiet_trainer(*callbacks, **settings):
+    """Return a Trainer of one epoch on the CPU that shows, logs and saves nothing, but as ``settings`` say."""
+    quiet = {
+        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
+    }
+    return pl.Trainer(**{**quiet, **settings})
+
+
 def train(*args, callbacks=(), **trainer):
     """Train a configuration by a bare Trainer; return the module, the weights and the Trainer."""
     config = Config([*args])

@@ -7,11 +7,12 @@ import random
 import shutil
 import signal
 import weakref
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows, assert_equal, copied, fit, metrics, write_npz
+from helpers import Rows, assert_equal, copied, fit, metrics, quiet_trainer, write_npz
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -38,6 +39,7 @@ from lit_basics.cli import main
 from lit_basics.execution import StepsInBetween
 
 KS = (1, 3, 8)
+trainer = partial(quiet_trainer, max_epochs=2)
 NO_VALIDATION = "ignore:You defined a `validation_step` but have no `val_dataloader`"
 
 
@@ -67,16 +69,6 @@ def counted(module):
 
     module._manual_step = manual_step
     return module
-
-
-def trainer(*callbacks, **settings):
-    return pl.Trainer(
-        **{
-            **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
-            **settings,
-        }
-    )
 
 
 class Halved(SyntheticCIFAR10):
@@ -522,8 +514,7 @@ def test_a_compiled_net_learns_what_the_net_does(compile_net, monkeypatch):
     x, y = torch.randn(24, 4), torch.randint(10, (24,))
     module = LitClassifier(net, compile_net=compile_net)
     loader = ArrayLoader(x, y, EpochOrder(24, 8, shuffle=False))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    pl.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(module, loader, loader)
+    quiet_trainer().fit(module, loader, loader)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
     for part in range(3):
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import Rows, fit, metrics
+from helpers import Rows, fit, metrics, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -34,19 +34,12 @@ from lit_basics import (
 from lit_basics.cli import main
 
 SMALL = ("--config", "quickstart", "--data.train_images", "300", "--trainer.log_every_n_steps", "1")
+trainer = partial(quiet_trainer, max_epochs=2)
 
 
 def small_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-
-
-def trainer(**settings):
-    defaults = {
-        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False},
-    }
-    return pl.Trainer(**{**defaults, **settings})
 
 
 def data(**options):

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_same_steps, copied, fit, metrics, write_npz
+from helpers import assert_same_steps, copied, fit, metrics, quiet_trainer, write_npz
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
@@ -59,15 +59,7 @@ class Steps(pl.Callback):
 
 
 def fit_small(model, *callbacks, **settings):
-    trainer = pl.Trainer(
-        **{"max_epochs": 3, **settings},
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
+    trainer = quiet_trainer(*callbacks, **{"max_epochs": 3, **settings})
     trainer.fit(model, datamodule=SyntheticCIFAR10(120, 10, batch_size=8, val_size=20))
     return trainer
 

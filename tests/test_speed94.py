@@ -8,7 +8,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Weights, assert_equal
+from helpers import Weights, assert_equal, quiet_trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -38,13 +38,9 @@ def images(**kwargs):
     )
 
 
-def fit(model, data, *callbacks, **kwargs):
-    settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    loader = kwargs.pop("train_dataloaders", None)
-    trainer = pl.Trainer(
-        **settings | kwargs, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks)
-    )
-    trainer.fit(model, loader, datamodule=data)
+def fit(model, data, *callbacks, train_dataloaders=None, **settings):
+    trainer = quiet_trainer(*callbacks, **{"max_epochs": EPOCHS, **settings})
+    trainer.fit(model, train_dataloaders, datamodule=data)
     return trainer
 
 

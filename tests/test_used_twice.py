@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import assert_equal, fit
+from helpers import quiet_trainer as trainer
 from torch import nn
 
 from lit_basics import (
@@ -35,14 +36,6 @@ def net(width=10):
 
 def data(**options):
     return SyntheticCIFAR10(60, 20, **{"batch_size": 10, "val_size": 20, **options})
-
-
-def trainer(*callbacks, **settings):
-    defaults = {
-        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
-    }
-    return pl.Trainer(**{**defaults, **settings})
 
 
 class Breaking(LitClassifier):

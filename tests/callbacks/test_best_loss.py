@@ -2,11 +2,12 @@
 
 import json
 import time
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics
+from helpers import assert_equal, fit, metrics, quiet_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from torch import nn
@@ -15,16 +16,7 @@ from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LitBlitzNet, Lit
 from lit_basics.callbacks import last
 from lit_basics.cli import main
 
-
-def trainer(*callbacks, **settings):
-    return pl.Trainer(
-        **{"max_epochs": 2, **settings},
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+trainer = partial(quiet_trainer, max_epochs=2, enable_checkpointing=True)
 
 
 class Losses(pl.Callback):

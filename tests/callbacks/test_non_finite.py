@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Rows, assert_equal, fit, metrics
+from helpers import quiet_trainer as trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -114,16 +115,6 @@ def batches(count=BATCHES):
     draws = torch.Generator().manual_seed(1)
     inputs = torch.randn(8 * count, 6, generator=draws)
     return ArrayLoader(inputs, inputs.sum(1, keepdim=True), EpochOrder(8 * count, 8, shuffle=True))
-
-
-def trainer(*callbacks, **settings):
-    return pl.Trainer(
-        **{
-            **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
-            **settings,
-        }
-    )
 
 
 def train(guard, kind, bad, manual=False, folder=None, every=1, checkpoint=None, monitor=False, steps=1, **settings):

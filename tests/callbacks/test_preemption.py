@@ -6,10 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics
+from helpers import assert_equal, fit, metrics, quiet_trainer
 
 from lit_basics import LastCheckpoint, LitBlitzNet, Preemption, SyntheticCIFAR10, UserError
 from lit_basics.cli import main
@@ -93,11 +92,7 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
 
 def in_a_project(saver, **settings):
     """A Trainer with our callbacks alone, in the order in which they should not be."""
-    return pl.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, **settings},
-        callbacks=[Preemption(saver), saver],
-        enable_model_summary=False,
-    )
+    return quiet_trainer(Preemption(saver), saver, enable_checkpointing=True, **settings)
 
 
 def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
@@ -119,8 +114,7 @@ def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
 def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
     """Without its setup nothing is saved, as Lightning adds no checkpoint callback beside it, and "best" is an
     AttributeError."""
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    alone = pl.Trainer(**settings, callbacks=[Preemption(LastCheckpoint(str(tmp_path)))], enable_model_summary=False)
+    alone = quiet_trainer(Preemption(LastCheckpoint(str(tmp_path))), enable_checkpointing=True)
     module, data = LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16)
     with pytest.raises(ValueError, match="not configured to save the best model"):
         alone.test(module, data, ckpt_path="best")
@@ -131,7 +125,7 @@ def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
         alone.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
     assert alone.ckpt_path == str(tmp_path / "last.ckpt")
     both = [LastCheckpoint(str(tmp_path / "both")), Preemption(LastCheckpoint(str(tmp_path / "both")))]
-    fitted = pl.Trainer(**settings, callbacks=both, enable_model_summary=False)
+    fitted = quiet_trainer(*both, enable_checkpointing=True)
     fitted.fit(module, data)
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
     assert fitted.callbacks[-2] is both[0]

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal
+from helpers import assert_equal, quiet_trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -57,15 +57,9 @@ class SaveEachStep(Checkpoint):
 def train(data, max_steps, checkpoint=None, save_to=None):
     pl.seed_everything(0 if checkpoint is None else 9, verbose=False)
     model = Cycled()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        callbacks=[RandomState(), *([SaveEachStep(save_to)] if save_to else [])],
-        enable_checkpointing=bool(save_to),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=3,
-        max_steps=max_steps,
+    savers = [SaveEachStep(save_to)] if save_to else []
+    trainer = quiet_trainer(
+        RandomState(), *savers, enable_checkpointing=bool(save_to), max_epochs=3, max_steps=max_steps
     )
     trainer.fit(model, datamodule=data(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     state = trainer.optimizers[0].state_dict()
