@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_basics.cli import main
@@ -43,6 +44,17 @@ class Rows(DummyLogger):
         for step, row in self.rows:
             table.setdefault(step, {}).update(row)
         return table
+
+
+class SaveEverywhere(Checkpoint):
+    """Saves after every batch where ``when(trainer)`` holds, under the number of batches so far."""
+
+    def __init__(self, folder, when=lambda trainer: True):
+        self.folder, self.when = folder, when
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.when(trainer):
+            trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx + 1:03}.ckpt")
 
 
 def epoch_indices(seed, epoch, size):

@@ -12,8 +12,8 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows, assert_equal, copied, fit, metrics, quiet_trainer, write_npz
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from helpers import Rows, SaveEverywhere, assert_equal, copied, fit, metrics, quiet_trainer, write_npz
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -153,14 +153,6 @@ def test_a_foreign_callback_sees_every_step_as_at_one(settings):
     assert seen[8] == seen[1]
 
 
-class SaveEverywhere(Checkpoint):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx + 1}.ckpt")
-
-
 def leaves(value, place=""):
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -178,7 +170,9 @@ def test_the_checkpoint_after_every_batch_is_the_same(tmp_path):
         fitted = trainer(RandomState(), SaveEverywhere(tmp_path / str(k)), enable_checkpointing=True)
         fitted.fit(Small(k, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2), lr_interval="step"), data())
     for number in range(1, 21):
-        one, *others = (dict(leaves(torch.load(tmp_path / str(k) / f"{number}.ckpt", weights_only=True))) for k in KS)
+        one, *others = (
+            dict(leaves(torch.load(tmp_path / str(k) / f"{number:03}.ckpt", weights_only=True))) for k in KS
+        )
         for other in others:
             assert other.keys() == one.keys()
             for place, value in one.items():
@@ -200,7 +194,7 @@ def test_a_run_is_resumed_with_another_k_and_in_the_other_mode(settings, tmp_pat
             module = Small(other, automatic=mode)
             torch.manual_seed(number)
             resumed = trainer(RandomState(), **settings)
-            resumed.fit(module, data(), ckpt_path=folder / f"{number}.ckpt", weights_only=True)
+            resumed.fit(module, data(), ckpt_path=folder / f"{number:03}.ckpt", weights_only=True)
             assert resumed.global_step == settings["max_steps"]
             assert_equal(module.state_dict(), whole.state_dict())
 
