@@ -390,12 +390,8 @@ class Words(DummyLogger):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_in_a_test.py").write_text(OWN)
-    yield "own_in_a_test"
-    sys.modules.pop("own_in_a_test", None)
+def own(mine):
+    return mine(OWN, "own_in_a_test")
 
 
 def test_a_data_file_named_as_text_is_not_read(own, tmp_path):

@@ -115,9 +115,8 @@ class Fails(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_wandb_shows_a_run_that_failed_as_failed(no_key, tmp_path, monkeypatch):
-    (tmp_path / "fails_at_three.py").write_text(FAILS)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_wandb_shows_a_run_that_failed_as_failed(no_key, mine):
+    mine(FAILS, "fails_at_three")
     words = [*WORDS[:2], "--config", "wandb", *WORDS[2:], "--trainer.callbacks+=fails_at_three.Fails"]
     with pytest.raises(ZeroDivisionError):
         main(["fit", *words, "--run_dir", "run"])
