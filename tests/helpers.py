@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_basics.cli import main
@@ -45,6 +46,17 @@ class Rows(DummyLogger):
         return table
 
 
+class SaveEverywhere(Checkpoint):
+    """Saves after every batch where ``when(trainer)`` holds, under the number of batches so far."""
+
+    def __init__(self, folder, when=lambda trainer: True):
+        self.folder, self.when = folder, when
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.when(trainer):
+            trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx + 1:03}.ckpt")
+
+
 def epoch_indices(seed, epoch, size):
     """The documented order of an epoch, written out: a permutation drawn from (seed, epoch) alone."""
     state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
@@ -68,6 +80,15 @@ def assert_same_steps(weights, others, steps):
     assert len(weights) == len(others) == steps
     for state, other in zip(weights, others, strict=True):
         assert_equal(state, other)
+
+
+def quiet_trainer(*callbacks, **settings):
+    """Return a Trainer of one epoch on the CPU that shows, logs and saves nothing, but as ``settings`` say."""
+    quiet = {
+        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
+    }
+    return pl.Trainer(**{**quiet, **settings})
 
 
 def train(*args, callbacks=(), **trainer):

@@ -406,20 +406,6 @@ def test_plateau_that_monitors_an_unknown_key(capsys, tmp_path, mode):
     assert_short(capsys.readouterr().err, "ReduceLROnPlateau", "val/los", "val/loss")
 
 
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """Write modules of the user's own, which leave nothing behind."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def write(text, name="mine_in_a_test"):
-        (tmp_path / f"{name}.py").write_text(text)
-        return name
-
-    yield write
-    sys.modules.pop("mine_in_a_test", None)
-
-
 def test_manual_mode_of_a_module_with_its_own_training_step(refused, mine):
     name = mine(
         "from lit_basics import LitLeNet5\n\n\n"
@@ -603,12 +589,8 @@ class Data(SyntheticCIFAR10):
 
 
 @pytest.fixture
-def my_hparams(tmp_path, monkeypatch):
-    (tmp_path / "my_hparams.py").write_text(HPARAMS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    yield
-    sys.modules.pop("my_hparams", None)
+def my_hparams(mine):
+    return mine(HPARAMS, "my_hparams")
 
 
 @pytest.mark.parametrize(

@@ -249,10 +249,10 @@ def test_recipes_lists_and_prints(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "LitLeNet5"
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["--version"]])
-def test_help_is_short_and_version_is_one_line(words, capsys):
+@pytest.mark.parametrize(("words", "most"), [(["--help"], 40), ([], 40), (["--version"], 1)])
+def test_help_is_short_and_version_is_one_line(words, most, capsys):
     assert main(words) == 0
-    assert 0 < len(capsys.readouterr().out.splitlines()) < 40
+    assert 0 < len(capsys.readouterr().out.splitlines()) <= most
 
 
 def test_as_a_program(tmp_path):
@@ -390,12 +390,8 @@ class Words(DummyLogger):
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_in_a_test.py").write_text(OWN)
-    yield "own_in_a_test"
-    sys.modules.pop("own_in_a_test", None)
+def own(mine):
+    return mine(OWN, "own_in_a_test")
 
 
 def test_a_data_file_named_as_text_is_not_read(own, tmp_path):

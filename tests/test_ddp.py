@@ -78,11 +78,14 @@ def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
 def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun")])
+    assert done.stdout.count("run directory: ") == 1
     for name, value in final_weights(tmp_path / "launcher").items():
         assert torch.equal(final_weights(tmp_path / "torchrun")[name], value), name
     assert metrics(tmp_path / "launcher") == metrics(tmp_path / "torchrun")
+    checkpoint = torch.load(tmp_path / "torchrun" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(checkpoint["random_state"]) == 2, "one of each process"
     trainer = yaml.safe_load((tmp_path / "torchrun" / "config.yaml").read_text())["trainer"]
     assert (trainer["devices"], trainer["num_nodes"]) == ("auto", 1), "a test elsewhere waits for no other process"
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "own_project": re.search(r"```bash\n(.+?)```", README.read_text(), re.DOTALL)[1].splitlines(),
 }
 """What the tests below run, by folder."""
+OWN_DATA, PLAIN_LIGHTNING = COMMANDS["."]
 
 
 def run(command, folder):
@@ -75,12 +76,12 @@ def test_examples_stay_small():
 
 
 def test_own_data(tmp_path):
-    printed = run("python own_data.py", copy_of("own_data.py", tmp_path))
+    printed = run(OWN_DATA, copy_of("own_data.py", tmp_path))
     assert float(re.search(r"^test/acc (\S+)$", printed, re.MULTILINE)[1]) >= 0.9
 
 
 def test_plain_lightning_project(tmp_path):
-    printed = run("python plain_lightning_project.py", copy_of("plain_lightning_project.py", tmp_path))
+    printed = run(PLAIN_LIGHTNING, copy_of("plain_lightning_project.py", tmp_path))
     best = float(re.search(r"best val/loss (\S+) in ", printed)[1])
     folder = tmp_path / "runs" / "regression"
     assert best == pytest.approx(min(column(folder / "csv" / "metrics.csv", "val/loss")), abs=1e-4)

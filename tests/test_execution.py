@@ -7,12 +7,13 @@ import random
 import shutil
 import signal
 import weakref
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows, assert_equal, copied, fit, metrics, write_npz
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from helpers import Rows, SaveEverywhere, assert_equal, copied, fit, metrics, quiet_trainer, write_npz
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -38,6 +39,7 @@ from lit_basics.cli import main
 from lit_basics.execution import StepsInBetween
 
 KS = (1, 3, 8)
+trainer = partial(quiet_trainer, max_epochs=2)
 NO_VALIDATION = "ignore:You defined a `validation_step` but have no `val_dataloader`"
 
 
@@ -67,16 +69,6 @@ def counted(module):
 
     module._manual_step = manual_step
     return module
-
-
-def trainer(*callbacks, **settings):
-    return pl.Trainer(
-        **{
-            **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
-            **settings,
-        }
-    )
 
 
 class Halved(SyntheticCIFAR10):
@@ -161,14 +153,6 @@ def test_a_foreign_callback_sees_every_step_as_at_one(settings):
     assert seen[8] == seen[1]
 
 
-class SaveEverywhere(Checkpoint):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx + 1}.ckpt")
-
-
 def leaves(value, place=""):
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -186,7 +170,9 @@ def test_the_checkpoint_after_every_batch_is_the_same(tmp_path):
         fitted = trainer(RandomState(), SaveEverywhere(tmp_path / str(k)), enable_checkpointing=True)
         fitted.fit(Small(k, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2), lr_interval="step"), data())
     for number in range(1, 21):
-        one, *others = (dict(leaves(torch.load(tmp_path / str(k) / f"{number}.ckpt", weights_only=True))) for k in KS)
+        one, *others = (
+            dict(leaves(torch.load(tmp_path / str(k) / f"{number:03}.ckpt", weights_only=True))) for k in KS
+        )
         for other in others:
             assert other.keys() == one.keys()
             for place, value in one.items():
@@ -208,7 +194,7 @@ def test_a_run_is_resumed_with_another_k_and_in_the_other_mode(settings, tmp_pat
             module = Small(other, automatic=mode)
             torch.manual_seed(number)
             resumed = trainer(RandomState(), **settings)
-            resumed.fit(module, data(), ckpt_path=folder / f"{number}.ckpt", weights_only=True)
+            resumed.fit(module, data(), ckpt_path=folder / f"{number:03}.ckpt", weights_only=True)
             assert resumed.global_step == settings["max_steps"]
             assert_equal(module.state_dict(), whole.state_dict())
 
@@ -447,14 +433,6 @@ class Endless(IterableDataset):
 
 @pytest.mark.filterwarnings(NO_VALIDATION)
 def test_what_cannot_work_is_refused():
-    class OwnStep(LitClassifier):
-        def training_step(self, batch, batch_idx):
-            return self.compute_loss(batch, batch_idx)
-
-    with pytest.raises(
-        UserError, match="OwnStep overrides training_step, so steps_per_execution=3 cannot apply: overr"
-    ):
-        OwnStep(nn.Linear(1, 10), steps_per_execution=3)
     with pytest.raises(UserError, match="steps_per_execution is 0; it must be at least 1"):
         LitClassifier(nn.Linear(1, 10), steps_per_execution=0)
     scaler = torch.amp.GradScaler("cpu")
@@ -530,8 +508,7 @@ def test_a_compiled_net_learns_what_the_net_does(compile_net, monkeypatch):
     x, y = torch.randn(24, 4), torch.randint(10, (24,))
     module = LitClassifier(net, compile_net=compile_net)
     loader = ArrayLoader(x, y, EpochOrder(24, 8, shuffle=False))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    pl.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(module, loader, loader)
+    quiet_trainer().fit(module, loader, loader)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
     for part in range(3):
         optimizer.zero_grad()

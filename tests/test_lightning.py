@@ -1,6 +1,5 @@
 """A good citizen of Lightning: other people's callbacks, hooks, loggers and Trainer settings."""
 
-import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import Rows, fit, metrics
+from helpers import Rows, fit, metrics, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -24,7 +23,6 @@ from lit_basics import (
     DurableCheckpointIO,
     EpochOrder,
     GradientMonitor,
-    LitBlitzNet,
     LitClassifier,
     LitLeNet5,
     LitSupervised,
@@ -36,19 +34,12 @@ from lit_basics import (
 from lit_basics.cli import main
 
 SMALL = ("--config", "quickstart", "--data.train_images", "300", "--trainer.log_every_n_steps", "1")
+trainer = partial(quiet_trainer, max_epochs=2)
 
 
 def small_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-
-
-def trainer(**settings):
-    defaults = {
-        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False},
-    }
-    return pl.Trainer(**{**defaults, **settings})
 
 
 def data(**options):
@@ -299,19 +290,13 @@ def test_a_checkpoint_by_time_that_lightning_never_saves_is_refused(tmp_path):
     trainer(**by_time, enable_checkpointing=True).fit(LitClassifier(small_net()), data())
 
 
-def test_what_manual_mode_cannot_honour_is_refused():
+def test_two_optimizers_are_refused_in_manual_mode():
     class TwoOptimizers(LitClassifier):
         def configure_optimizers(self):
             return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]
 
-    class OwnStep(LitClassifier):
-        def optimizer_step(self, *args, **kwargs):
-            super().optimizer_step(*args, **kwargs)
-
     with pytest.raises(UserError, match="returns 2 optimizers"):
         trainer().fit(TwoOptimizers(small_net(), automatic_optimization=False), data())
-    with pytest.raises(UserError, match="overrides optimizer_step"):
-        OwnStep(small_net(), automatic_optimization=False)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -483,16 +468,6 @@ def test_an_optimizer_that_is_made_in_the_default_dtype_is_so_in_both_modes():
     assert torch.equal(found[0], found[2])
 
 
-def test_an_own_zero_grad_is_refused_in_manual_mode():
-    class Own(LitClassifier):
-        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
-            pass
-
-    Own(small_net())
-    with pytest.raises(UserError, match="overrides optimizer_zero_grad"):
-        Own(small_net(), automatic_optimization=False)
-
-
 class PassesOn(LitLeNet5):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -573,16 +548,6 @@ def test_max_steps_before_the_first_validation_still_keeps_a_best(tmp_path, caps
     assert main(["test", "--run_dir", str(run)]) == 0
 
 
-def test_a_wrong_monitor_is_said(tmp_path):
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lit_basics import BestLossCheckpoint
-
-    fitted = trainer(enable_checkpointing=True, callbacks=[BestLossCheckpoint(str(tmp_path), monitor="val/losss")])
-    with pytest.raises(MisconfigurationException, match="val/losss"):
-        fitted.fit(LitBlitzNet(), data())
-
-
 def test_a_modelcheckpoint_of_lightnings_may_monitor_our_keys(tmp_path):
     keep = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
     trainer(enable_checkpointing=True, callbacks=[keep]).fit(LitClassifier(small_net()), data())
@@ -618,18 +583,6 @@ def test_config_yaml_does_not_carry_the_run_directory(tmp_path):
     second = fit("--config", str(first / "config.yaml"), run_dir="second")
     assert list((second / "tensorboard").glob("events*"))
     assert sorted(first.rglob("*")) == before
-
-
-def test_torchrun_alone_trains_on_its_processes_together(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
-    words = [*SMALL, "--trainer.max_epochs", "1", "--run_dir", "run", "--trainer.enable_progress_bar", "false"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, "-m", "lit_basics", "fit", *words], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run directory: ") == 1
-    assert len(torch.load("run/checkpoints/last.ckpt", weights_only=True)["random_state"]) == 2
 
 
 class Ends(pl.Callback):

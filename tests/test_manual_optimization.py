@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_same_steps, copied, fit, metrics, write_npz
+from helpers import assert_same_steps, copied, fit, metrics, quiet_trainer, write_npz
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
@@ -47,7 +47,7 @@ class Steps(pl.Callback):
     """Keeps the weights and the learning rate after every step, and the gradients as callbacks see them."""
 
     def __init__(self):
-        self.weights, self.rates, self.gradients, self.checkpoints = [], [], [], []
+        self.weights, self.rates, self.gradients = [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.gradients.append({n: p.grad.clone() for n, p in pl_module.net.named_parameters()})
@@ -59,15 +59,7 @@ class Steps(pl.Callback):
 
 
 def fit_small(model, *callbacks, **settings):
-    trainer = pl.Trainer(
-        **{"max_epochs": 3, **settings},
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-    )
+    trainer = quiet_trainer(*callbacks, **{"max_epochs": 3, **settings})
     trainer.fit(model, datamodule=SyntheticCIFAR10(120, 10, batch_size=8, val_size=20))
     return trainer
 
@@ -151,11 +143,31 @@ def test_a_plateau_of_the_modules_own_is_refused_where_its_monitor_is_lost():
         fit_small(OwnScheduler(ReduceLROnPlateau, automatic_optimization=False))
 
 
-def test_an_overridden_training_step_is_refused_in_manual_mode():
-    class Own(LitClassifier):
-        def training_step(self, batch, batch_idx):
-            return self.compute_loss(batch, batch_idx)
+class OwnStep(LitClassifier):
+    def training_step(self, batch, batch_idx):
+        return self.compute_loss(batch, batch_idx)
 
-    Own(nn.Linear(1, 10))
-    with pytest.raises(ValueError, match="override compute_loss"):
-        Own(nn.Linear(1, 10), automatic_optimization=False)
+
+class OwnOptimizerStep(LitClassifier):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+
+
+class OwnZeroGrad(LitClassifier):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        pass
+
+
+@pytest.mark.parametrize(("mode", "value"), [("automatic_optimization", False), ("steps_per_execution", 3)])
+@pytest.mark.parametrize(
+    ("kind", "name", "instead"),
+    [
+        (OwnStep, "training_step", "override compute_loss"),
+        (OwnOptimizerStep, "optimizer_step", "give a scheduler"),
+        (OwnZeroGrad, "optimizer_zero_grad", "use automatic optimization"),
+    ],
+)
+def test_a_step_of_the_modules_own_is_refused_in_manual_mode(kind, name, instead, mode, value):
+    kind(nn.Linear(1, 10))
+    with pytest.raises(UserError, match=f"{kind.__name__} overrides {name}, so {mode}={value} cannot apply: {instead}"):
+        kind(nn.Linear(1, 10), **{mode: value})

@@ -84,15 +84,6 @@ def test_every_overlay_runs(overlay, tmp_path, monkeypatch):
     check(tmp_path / "run", recipe)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; the next test runs on it")
-def test_the_gpu_overlay_says_when_there_is_none(tmp_path, capsys):
-    words = command_line("quickstart", tmp_path)
-    assert main([*words[:3], "--config", "gpu", *words[3:]]) == 2
-    error = capsys.readouterr().err
-    assert "GPU" in error or "gpu" in error
-    assert len(error.splitlines()) <= 2
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_overlay_runs(tmp_path):
     words = command_line("quickstart", tmp_path)

@@ -1,9 +1,8 @@
 """The recorder: what reaches the loggers, and when."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows
+from helpers import Rows, quiet_trainer
 from torch import nn
 
 from lit_basics import GradientMonitor, LitClassifier, SyntheticCIFAR10
@@ -17,7 +16,7 @@ def rows():
 
 @pytest.fixture
 def trainer(rows):
-    return pl.Trainer(accelerator="cpu", logger=rows, enable_checkpointing=False, enable_progress_bar=False)
+    return quiet_trainer(logger=rows)
 
 
 def test_rows_reach_the_loggers_at_a_flush(trainer, rows):
@@ -127,7 +126,7 @@ def test_the_recorder_does_not_keep_its_trainer_alive():
     import gc
     import weakref
 
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = quiet_trainer()
     recorder_of(trainer).put(1, "x", 1.0)
     alive = weakref.ref(trainer)
     del trainer
@@ -144,16 +143,7 @@ def test_steps_count_from_one_and_are_complete(rows, manual):
             return loss
 
     model = Recording(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), automatic_optimization=not manual)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=rows,
-        log_every_n_steps=1,
-        callbacks=[GradientMonitor()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(GradientMonitor(), max_epochs=2, logger=rows, log_every_n_steps=1)
     trainer.fit(model, datamodule=SyntheticCIFAR10(100, 10, batch_size=10, val_size=20))
     table = rows.table()
     assert list(table) == list(range(1, 17))
@@ -172,16 +162,7 @@ def test_a_training_step_of_the_users_is_recorded_too(rows):
             x, y = batch
             return {"loss": nn.functional.cross_entropy(self(x), y)}
 
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accumulate_grad_batches=2,
-        accelerator="cpu",
-        logger=rows,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(accumulate_grad_batches=2, logger=rows, log_every_n_steps=1)
     model = Own(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
     trainer.fit(model, datamodule=SyntheticCIFAR10(50, 10, batch_size=10, val_size=0))
     losses = {step: row["train/loss"] for step, row in rows.rows if "train/loss" in row}

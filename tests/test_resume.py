@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import assert_equal, fit, metrics
+from helpers import assert_equal, fit, metrics, quiet_trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -79,13 +79,10 @@ def train(settings, mode, interval, checkpoint=None, save_to=None, epochs=3, cal
         **mode,
     )
     best = BestLossCheckpoint(f"best{checkpoint.stem if checkpoint else ''}")
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        callbacks=[RandomState(), best, *([SaveEverywhere(save_to)] if save_to else []), *callbacks],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": epochs, **settings},
+    savers = [SaveEverywhere(save_to)] if save_to else []
+    trainer = quiet_trainer(
+        *(RandomState(), best, *savers, *callbacks),
+        **{"enable_checkpointing": True, "max_epochs": epochs, **settings},
     )
     data = SyntheticCIFAR10(60, 10, batch_size=8, val_size=12, flip=True, crop=2)
     trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)

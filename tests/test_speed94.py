@@ -8,7 +8,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Weights, assert_equal
+from helpers import Weights, assert_equal, quiet_trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -38,13 +38,9 @@ def images(**kwargs):
     )
 
 
-def fit(model, data, *callbacks, **kwargs):
-    settings = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    loader = kwargs.pop("train_dataloaders", None)
-    trainer = pl.Trainer(
-        **settings | kwargs, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks)
-    )
-    trainer.fit(model, loader, datamodule=data)
+def fit(model, data, *callbacks, train_dataloaders=None, **settings):
+    trainer = quiet_trainer(*callbacks, **{"max_epochs": EPOCHS, **settings})
+    trainer.fit(model, train_dataloaders, datamodule=data)
     return trainer
 
 
@@ -284,7 +280,7 @@ def test_a_loader_without_a_length_tells_no_end(kind):
     """Lightning's number of steps is -1: the rates would grow."""
     with pytest.raises(UserError, match="without a length does not tell: give max_steps"):
         fit(kind(), None, max_epochs=2, train_dataloaders=DataLoader(Endless(), batch_size=3))
-    fit(LitSpeedNet(widths=WIDTHS), None, max_steps=3, train_dataloaders=DataLoader(Endless(), batch_size=3))
+    fit(kind(widths=WIDTHS), None, max_steps=3, train_dataloaders=DataLoader(Endless(), batch_size=3))
 
 
 def test_states_with_and_without_losses():
@@ -410,7 +406,7 @@ def test_kept_memory_is_not_asked_for_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     usual, kept = map(int, done.stdout.split())
     assert usual >= 50
-    assert kept <= usual / 10
+    assert kept <= usual / 2  # the few of other memory
 
 
 CHURN = """
@@ -432,12 +428,12 @@ print(faults())
 
 
 def test_a_process_is_as_quick_after_memory_was_kept():
-    """150 tensors of 8 MB; with the thresholds of glibc's start each is asked for again, 2000 pages."""
+    """150 tensors of 8 MB; with the thresholds of glibc's start each is asked for again: 2000 pages, or 4 huge ones."""
     never, after = (
         int(subprocess.run([sys.executable, "-c", CHURN, when], capture_output=True, text=True, check=True).stdout)
         for when in ("never", "after")
     )
-    assert after <= never + 2000
+    assert after <= never + 150
 
 
 def test_memory_is_kept_with_the_same_weights():

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import wandb
-from helpers import Rows, fit, metrics
+from helpers import Rows, fit, metrics, quiet_trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -115,9 +115,8 @@ class Fails(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_wandb_shows_a_run_that_failed_as_failed(no_key, tmp_path, monkeypatch):
-    (tmp_path / "fails_at_three.py").write_text(FAILS)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_wandb_shows_a_run_that_failed_as_failed(no_key, mine):
+    mine(FAILS, "fails_at_three")
     words = [*WORDS[:2], "--config", "wandb", *WORDS[2:], "--trainer.callbacks+=fails_at_three.Fails"]
     with pytest.raises(ZeroDivisionError):
         main(["fit", *words, "--run_dir", "run"])
@@ -229,11 +228,7 @@ class Foreign(pl.LightningModule):
 
 
 def train(module, logger, *callbacks, **settings):
-    trainer = pl.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", "log_every_n_steps": 1, "enable_checkpointing": False, **settings},
-        **{"logger": logger, "enable_progress_bar": False, "enable_model_summary": False},
-        callbacks=list(callbacks),
-    )
+    trainer = quiet_trainer(*callbacks, logger=logger, **{"log_every_n_steps": 1, **settings})
     trainer.fit(module, SyntheticCIFAR10(56, 8, batch_size=2, val_size=0))  # 28 steps
     return trainer
 
@@ -291,10 +286,7 @@ def test_the_bar_shows_the_newest_losses_and_is_drawn_now_and_then(monkeypatch):
     monkeypatch.setattr(TQDMProgressBar, "on_train_batch_end", lambda *_: drawn.append(_[-1]))
     monkeypatch.setattr(progress, "MIN_SECONDS", 1000.0)
     rows, bar, module = Rows(), progress.ProgressBar(refresh_rate=1), LitClassifier(net())
-    trainer = pl.Trainer(
-        **{"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1, "enable_checkpointing": False},
-        **{"logger": rows, "enable_model_summary": False, "callbacks": [bar]},
-    )
+    trainer = quiet_trainer(bar, max_epochs=2, logger=rows, log_every_n_steps=1, enable_progress_bar=True)
     trainer.fit(module, SyntheticCIFAR10(64, 8, batch_size=2, val_size=8))
     assert drawn == [0, 27, 27]  # the first, and the last of each epoch
     shown = bar.get_metrics(trainer, module)
@@ -308,10 +300,7 @@ def test_the_bar_reads_each_value_of_a_validation_once(monkeypatch):
     monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(progress, "float", lambda value: read.append(value) or value.item(), raising=False)
     bar = progress.ProgressBar(refresh_rate=1)
-    trainer = pl.Trainer(
-        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_model_summary": False, "num_sanity_val_steps": 0, "callbacks": [bar]},
-    )
+    trainer = quiet_trainer(bar, max_epochs=2, num_sanity_val_steps=0, enable_progress_bar=True)
     trainer.fit(LitClassifier(net()), SyntheticCIFAR10(64, 8, batch_size=8, val_size=8))
     names = [name for name in trainer.callback_metrics if name.startswith("val/")]
     assert len(read) == 2 * len(names)

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import assert_equal, fit
+from helpers import quiet_trainer as trainer
 from torch import nn
 
 from lit_basics import (
@@ -35,14 +36,6 @@ def net(width=10):
 
 def data(**options):
     return SyntheticCIFAR10(60, 20, **{"batch_size": 10, "val_size": 20, **options})
-
-
-def trainer(*callbacks, **settings):
-    defaults = {
-        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
-    }
-    return pl.Trainer(**{**defaults, **settings})
 
 
 class Breaking(LitClassifier):
@@ -298,8 +291,10 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path, monkeypatch, caps
     words = ["fit", *SMALL, "--trainer.max_epochs", "1000", "--run_dir", "run"]
     with subprocess.Popen([sys.executable, "-m", "lit_basics", *words], stdout=subprocess.DEVNULL) as process:
         try:
+            deadline = time.monotonic() + 120
             while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
                 assert process.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.1)
             for how in ([], ["--resume", "auto"]):
                 assert main([*words, *how]) == 2

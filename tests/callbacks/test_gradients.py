@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows
+from helpers import Rows, quiet_trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
@@ -56,18 +56,7 @@ class Foreign(pl.LightningModule):
 
 def fit(module, *callbacks, **settings):
     rows = Rows()
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=rows,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    trainer.fit(module)
+    quiet_trainer(*callbacks, max_epochs=2, logger=rows, log_every_n_steps=1, **settings).fit(module)
     return rows.table()
 
 

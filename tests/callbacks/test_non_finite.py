@@ -14,7 +14,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows, assert_equal, fit, metrics
+from helpers import Rows, SaveEverywhere, assert_equal, fit, metrics
+from helpers import quiet_trainer as trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -99,15 +100,9 @@ class Faulty(LitSupervised):
         return spoil(self.kind, self.net, loss) if self.trainer.fit_loop.total_batch_idx in self.bad else loss
 
 
-class SaveEverywhere(Checkpoint):
-    """Saves after every batch, or every few, that a run can be resumed from."""
-
-    def __init__(self, folder, every=1):
-        self.folder, self.every = folder, every
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not trainer.is_last_batch and (batch_idx + 1) % self.every == 0:
-            trainer.save_checkpoint(self.folder / f"{trainer.fit_loop.total_batch_idx + 1:03}.ckpt")
+def saver(folder, every=1):
+    """Return what saves after every batch, or every few, that a run can be resumed from."""
+    return SaveEverywhere(folder, lambda t: not t.is_last_batch and (t.fit_loop.batch_idx + 1) % every == 0)
 
 
 def batches(count=BATCHES):
@@ -116,23 +111,13 @@ def batches(count=BATCHES):
     return ArrayLoader(inputs, inputs.sum(1, keepdim=True), EpochOrder(8 * count, 8, shuffle=True))
 
 
-def trainer(*callbacks, **settings):
-    return pl.Trainer(
-        **{
-            **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-            **{"enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks)},
-            **settings,
-        }
-    )
-
-
 def train(guard, kind, bad, manual=False, folder=None, every=1, checkpoint=None, monitor=False, steps=1, **settings):
     """Return the module and the Trainer after a run with faults, and what stopped it."""
-    saver = [SaveEverywhere(folder, every)] if folder else []
+    savers = [saver(folder, every)] if folder else []
     fitted = trainer(
         *([GradientMonitor()] if monitor else []),
         *([guard] if guard else []),
-        *(RandomState(), *saver),
+        *(RandomState(), *savers),
         enable_checkpointing=bool(folder),
         **settings,
     )
@@ -618,7 +603,7 @@ def test_weights_that_are_not_finite_before_the_first_step_stop():
 @pytest.mark.parametrize(("batch", "when"), [(0, "after batch 1"), (1, "after batch 2"), (2, "after step 1")])
 def test_what_breaks_before_a_step_is_complete_is_told_by_batches(batch, when, tmp_path):
     """Without the count of batches the message says "before the first step"."""
-    saves = SaveEverywhere(tmp_path)
+    saves = saver(tmp_path)
     fitted = trainer(NonFiniteGuard(), saves, enable_checkpointing=True, accumulate_grad_batches=3)
     with pytest.raises(NonFiniteError, match=rf"^net.1.running_mean is not finite {when}$"):
         fitted.fit(Faulty("buffer", {batch}), batches())
@@ -628,7 +613,7 @@ def test_a_mask_of_infinities_is_left_alone(tmp_path):
     # without the exception for what is infinite from the start: "mask is not finite before the first step"
     module = Faulty()
     module.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1).nan_to_num(nan=0.0, neginf=-math.inf))
-    fitted = trainer(NonFiniteGuard("skip"), SaveEverywhere(tmp_path), enable_checkpointing=True)
+    fitted = trainer(NonFiniteGuard("skip"), saver(tmp_path), enable_checkpointing=True)
     fitted.fit(module, batches(5))
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -726,7 +711,7 @@ def test_of_two_optimizers_only_the_broken_one_is_skipped_and_both_go_back(tmp_p
 
 def test_an_optimizer_stepped_past_lightning_is_found_at_the_next_look(tmp_path):
     with pytest.raises(NonFiniteError, match=r"two.weight is not finite"):
-        trainer(NonFiniteGuard(every_n_batches=5), SaveEverywhere(tmp_path), enable_checkpointing=True).fit(
+        trainer(NonFiniteGuard(every_n_batches=5), saver(tmp_path), enable_checkpointing=True).fit(
             Foreign({8}, raw=True), batches(12)
         )
     assert assert_files_are_finite(tmp_path) == 8
@@ -838,19 +823,9 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
     # without _agreed's all_reduce a loss that is nan on rank 1 alone stops rank 1, and rank 0 waits for ever
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    launch = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29531",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
+        [sys.executable, "-W", "ignore", *torchrun, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -7,10 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics
+from helpers import assert_equal, fit, metrics, quiet_trainer
 
 from lit_basics import LastCheckpoint, LitBlitzNet, Preemption, SyntheticCIFAR10, UserError
 from lit_basics.cli import main
@@ -20,6 +19,22 @@ WORDS = (
     *("--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"),
 )
 
+
+SLOW = """
+import sys, time
+from lit_basics import LitLeNet5
+from lit_basics.cli import main
+
+quick = LitLeNet5.compute_loss
+
+def slow(self, *args):
+    time.sleep(0.1 if self.global_step >= 60 else 0)
+    return quick(self, *args)
+
+LitLeNet5.compute_loss = slow
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command line, slow from step 60 on: a signal lands in the 20 seconds that are left, however late it is sent."""
 
 NUMBERS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
@@ -31,7 +46,7 @@ def interruptible():
 
 
 def start(run_dir, *more):
-    command = [sys.executable, "-m", "lit_basics", "fit", *WORDS, "--run_dir", str(run_dir), *more]
+    command = [sys.executable, "-c", SLOW, "fit", *WORDS, "--run_dir", str(run_dir), *more]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
     )
@@ -164,11 +179,7 @@ def test_a_process_ends_its_workers_that_are_stuck(tmp_path):
 
 def in_a_project(saver, **settings):
     """A Trainer with our callbacks alone, in the order in which they should not be."""
-    return pl.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, **settings},
-        callbacks=[Preemption(saver), saver],
-        enable_model_summary=False,
-    )
+    return quiet_trainer(Preemption(saver), saver, enable_checkpointing=True, **settings)
 
 
 def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
@@ -190,8 +201,7 @@ def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
 def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
     """Without its setup nothing is saved, as Lightning adds no checkpoint callback beside it, and "best" is an
     AttributeError."""
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    alone = pl.Trainer(**settings, callbacks=[Preemption(LastCheckpoint(str(tmp_path)))], enable_model_summary=False)
+    alone = quiet_trainer(Preemption(LastCheckpoint(str(tmp_path))), enable_checkpointing=True)
     module, data = LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16)
     with pytest.raises(ValueError, match="not configured to save the best model"):
         alone.test(module, data, ckpt_path="best")
@@ -202,7 +212,7 @@ def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
         alone.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
     assert alone.ckpt_path == str(tmp_path / "last.ckpt")
     both = [LastCheckpoint(str(tmp_path / "both")), Preemption(LastCheckpoint(str(tmp_path / "both")))]
-    fitted = pl.Trainer(**settings, callbacks=both, enable_model_summary=False)
+    fitted = quiet_trainer(*both, enable_checkpointing=True)
     fitted.fit(module, data)
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
     assert fitted.callbacks[-2] is both[0]

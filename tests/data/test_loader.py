@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, epoch_indices
+from helpers import assert_equal, epoch_indices, quiet_trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -351,21 +351,15 @@ def train(case, checkpoint=None, save_to=None, loader=None, callbacks=None, pers
         model = LitClassifier(net, optimizer=sgd, automatic_optimization=not manual)
     else:
         model = Plain(net, manual, case["accumulate"])
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        *([RandomState()] if callbacks is None else callbacks),
+        *([SaveEverySteps(save_to, every_batch=ours)] if save_to else []),
         max_epochs=EPOCHS,
-        accelerator="cpu",
-        callbacks=[
-            *([RandomState()] if callbacks is None else callbacks),
-            *([SaveEverySteps(save_to, every_batch=ours)] if save_to else []),
-        ],
         accumulate_grad_batches=case["accumulate"] if ours or not manual else 1,
         val_check_interval=2 if case["validate"] else None,
         limit_val_batches=1.0 if case["validate"] else 0,
         num_sanity_val_steps=1,
-        logger=False,
         enable_checkpointing=save_to is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     settings = {"num_workers": case["workers"], "persistent_workers": persistent}
     if loader is None:
@@ -517,14 +511,9 @@ class Loaders(pl.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
-def trainer_for(**settings):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return pl.Trainer(**quiet, enable_checkpointing=False, **{"max_epochs": 1, **settings})
-
-
 @pytest.mark.parametrize("hooks", [True, False], ids=["hooks", "instances"])
 def test_every_stage_of_lightning_sees_each_sample_once(hooks):
-    data, model, trainer = Loaders(), Counts(), trainer_for(max_epochs=2)
+    data, model, trainer = Loaders(), Counts(), quiet_trainer(max_epochs=2)
     evaluation = [data] if hooks else [data.val_dataloader()]
     trainer.fit(model, *([data] if hooks else [data.train_dataloader(), data.val_dataloader()]))
     trainer.validate(model, *evaluation, verbose=False)
@@ -540,10 +529,10 @@ def test_every_stage_of_lightning_sees_each_sample_once(hooks):
 def test_lightning_overfits_and_predicts_with_a_loader_made_anew(hooks):
     # it is made by the arguments of a DataLoader: batch_size=None, sampler=…; refusing them ends in a traceback
     data, model = Loaders(), Counts()
-    fitting = trainer_for(overfit_batches=2, max_epochs=2, limit_val_batches=0)
+    fitting = quiet_trainer(overfit_batches=2, max_epochs=2, limit_val_batches=0)
     fitting.fit(model, data if hooks else data.train_dataloader())
     assert model.seen["train"] == 2 * list(range(2 * BATCH))
-    trainer_for().predict(model, data.train_dataloader(), return_predictions=False)
+    quiet_trainer().predict(model, data.train_dataloader(), return_predictions=False)
     assert model.seen["predict"] == list(range(SIZE))
 
 
@@ -555,7 +544,7 @@ def seen_by(ranks):
     results = []
     for size, workers, late in ((23, 2, True), (22, 0, False)):
         data = Loaders(size, val_batch=6, num_workers=workers)
-        model, trainer = Counts(), trainer_for(max_epochs=2, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+        model, trainer = Counts(), quiet_trainer(max_epochs=2, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
         # late: the loaders are made before the process group, as in trainer.fit(model, loader)
         trainer.fit(model, *([data.train_dataloader(), data.val_dataloader()] if late else [data]))
         trainer.test(model, data.val_dataloader(), verbose=False)

@@ -74,7 +74,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     for number in range(3):
         order.set_epoch(number)
         epochs.append(epoch(order))
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     for _ in range(2):
         order.set_epoch(1)
         assert epoch(order) == epochs[1]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 PROGRAM = "reliability.processes"
-TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=29541", "-m", PROGRAM]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", PROGRAM]
 LAUNCHERS = {"lightning": [sys.executable, "-m", PROGRAM], "torchrun": [sys.executable, "-m", *TORCHRUN]}
 TESTS = str(Path(__file__).parent.parent)
 
