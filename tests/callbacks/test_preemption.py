@@ -96,7 +96,7 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
     check(whole, Path("run"))
 
 
-SLOW = """
+SLOW_DATA = """
 import time
 import lightning.pytorch as pl
 import torch
@@ -120,7 +120,7 @@ class Slow(pl.LightningDataModule):
 def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(number, rows, tmp_path, monkeypatch):
     """Without ``_shield`` the fit ends in RuntimeError: DataLoader worker exited unexpectedly, and nothing is saved."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.py").write_text(SLOW_DATA)
     program = [sys.executable, "-m", "lit_basics", "fit"]
     words = ["--model", "LitBlitzNet", "--data", "slow.Slow", "--trainer.max_epochs", "2", "--run_dir", "run"]
     words += ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
