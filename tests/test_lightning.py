@@ -250,6 +250,11 @@ def test_a_resumed_plateau_that_watches_what_the_epochs_end_logs(tmp_path):
             fitted.save_checkpoint(last)
     assert len(set(whole)) > 2
     assert resumed == whole
+    # in manual optimization Lightning would step it no more than we do
+    manual = model()
+    manual.automatic_optimization, manual.lr_monitor = False, "train/other"
+    with pytest.raises(UserError, match=r"monitors 'train/other' .*, which is not there"):
+        trainer(max_epochs=9).fit(manual, data(), ckpt_path=last, weights_only=True)
 
 
 @pytest.mark.filterwarnings("ignore:Precision 16-mixed|.*mixed precision")

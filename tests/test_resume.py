@@ -445,7 +445,7 @@ def test_a_new_run_from_a_checkpoint_has_the_learning_rate_that_was_typed(tmp_pa
     )
     scheduler = ["--model.lr_scheduler", "LinearLR"]
     assert main(["fit", *SMALL, *words, "--run_dir", "other", *scheduler]) == 2  # it would end at three times the rate
-    assert "lr_scheduler.LinearLR, but old/checkpoints/last.ckpt was trained without" in capsys.readouterr().err
+    assert "lr_scheduler.LinearLR, but old/checkpoints/last.ckpt was not trained with it" in capsys.readouterr().err
     words[1] = "fell/checkpoints/last.ckpt"
     assert main(["fit", *SMALL, *words, "--run_dir", "other"]) == 2
     assert "model.lr_scheduler.class_path is None, but" in capsys.readouterr().err

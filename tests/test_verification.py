@@ -580,7 +580,10 @@ def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
     data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
     report = verify(Manual(-6), data, checks=["resume", "ddp"], steps=6, **EXACT)
     assert outcomes(report) == {"resume": "not applicable", "ddp": "not applicable"}, str(report)
-    assert report["resume"].text == "no optimizer step in epochs of 2 batches; --steps makes them longer"
+    assert (
+        report["resume"].text
+        == "no optimizer step that Lightning counts in epochs of 2 batches; --steps makes them longer"
+    )
 
 
 class Saving(Plain):

@@ -108,7 +108,8 @@ class TrainingHooks(FlushesRows):
             steps = self.module.steps_per_execution
             raise UserError(f"steps_per_execution is {steps}: it takes one training loader, by itself")
         self.module.usual_dtype = torch.get_default_dtype()
-        self._left = [] if self._resumed is None else list(self._resumed["left_to_lightning"])
+        # in manual optimization Lightning steps none
+        self._left = [] if self._resumed is None or self._manual else list(self._resumed["left_to_lightning"])
         self._plateaus = [
             (config, config.frequency)
             for number, config in enumerate(trainer.lr_scheduler_configs)

@@ -159,8 +159,9 @@ class StepRecorder:
                 every_value[name] = value
                 if name in self._averaged:
                     total, n = self._sums.get(name, (0.0, 0))
-                    if not math.isfinite(value):
-                        self._broken.setdefault(name, {})[step] = value
+                    broken = self._broken.setdefault(name, {})
+                    if not math.isfinite(value) and len(broken) < 10 * ROWS:  # no mean is finite with more
+                        broken[step] = value
                     elif step not in self._left_out:
                         total, n = total + value, n + 1
                     self._sums[name] = total, n
@@ -203,7 +204,7 @@ class StepRecorder:
         return means
 
     def leave_out(self, first: int, last: int) -> None:
-        """Leave steps that were not made, or not kept, out of the epoch's means; their rows stay.
+        """Leave steps that broke out of the epoch's means; their rows stay.
 
         What is finite of a step that was flushed already, by :meth:`flush_if_due`, is in the mean even so.
         """
@@ -231,7 +232,8 @@ class StepRecorder:
             values = row.tolist()
             unfinished = {names[column]: (values[column], *state) for column, state in self._filled[0].items()}
         broken = {name: self._not_left_out(name) for name in self._broken}
-        return {"sums": dict(self._sums), "broken": broken, "unfinished": unfinished}
+        left_out = [step for step in self._left_out if step > self._trainer.global_step]
+        return {"sums": dict(self._sums), "broken": broken, "left_out": left_out, "unfinished": unfinished}
 
     def load_state_dict(self, state: dict[str, Any], step: int, every: int) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -243,6 +245,7 @@ class StepRecorder:
         """
         self._sums = {name: (float(total), int(n)) for name, (total, n) in state["sums"].items()}
         self._broken = {name: dict(values) for name, values in state["broken"].items()}
+        self._left_out = set(state["left_out"])
         for name, (value, count, part) in state["unfinished"].items():
             self.put(step, name, value, every=every)
             self._filled[self._row(step)][self._column(name, every)] = (count, part)

@@ -168,7 +168,7 @@ def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]
     before, after, arguments = trained_config(checkpoint), flat(typed), {}
     scheduler = f"{SCHEDULER_CLASS}class_path"
     if before and scheduler in after and scheduler not in before:  # it would begin from groups without an initial_lr
-        raise UserError(f"model.lr_scheduler is {after[scheduler]}, but {checkpoint} was trained without one")
+        raise UserError(f"model.lr_scheduler is {after[scheduler]}, but {checkpoint} was not trained with it")
     for key, old in before.items():
         if not key.startswith((OPTIMIZER_CLASS, SCHEDULER_CLASS)) or after.get(key) == old:
             continue

@@ -282,6 +282,15 @@ class Late(NonFiniteGuard):
             super().on_before_backward(trainer, pl_module, loss)
 
 
+class LateAmid(Late):
+    """Looks amid a step too, as at a save or a validation."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if batch_idx % EVERY == 5:
+            self._check(trainer, pl_module)
+
+
 class NoSync(TorchDispatchMode):
     """Refuses what would wait for a device."""
 
@@ -428,11 +437,15 @@ def test_the_epochs_mean_leaves_the_step_out(policy):
 
 
 @pytest.mark.filterwarnings(WARNINGS)
+@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("flushed", [False, True])
-def test_found_late_the_steps_since_are_left_out(flushed, monkeypatch):
+def test_found_late_the_steps_since_are_left_out(flushed, accumulate, monkeypatch):
     if flushed:  # as of a slow run: each row goes to the loggers before the guard's look
         monkeypatch.setattr(recording, "_SECONDS", 0.0)
-    _, fitted, error = train(Late("rollback", every_n_batches=EVERY), "nan loss", {3, 30})
+    # of four batches a step, every seventh is amid one
+    settings = {"accumulate_grad_batches": accumulate, "max_epochs": 1, "limit_val_batches": 0}
+    late = LateAmid if accumulate > 1 else Late
+    _, fitted, error = train(late("rollback", every_n_batches=EVERY), "nan loss", {3, 30}, **settings)
     assert error is None
     assert math.isfinite(fitted.callback_metrics["train/loss"])
 

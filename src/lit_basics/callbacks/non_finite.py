@@ -383,7 +383,7 @@ class NonFiniteGuard(pl.Callback):
             self._stop(trainer, f"{fault.text}; the budget of {self.budget} faults is spent")
         if math.isfinite(fault.step):  # found late, it is in the steps since as well
             first = int(fault.step)
-            recorder_of(trainer).leave_out(first, max(first, trainer.global_step))
+            recorder_of(trainer).leave_out(first, max(first, trainer.global_step + _accumulating(trainer)))
         if self._snapshot is None:
             action = "the update is skipped"
         else:

@@ -42,7 +42,8 @@ class Preemption(Checkpoint):
     stop at the same step if one gets the signal, and none leaves before the state is on the disk. A second Ctrl-C
     leaves at once. Handlers are installed while training runs, in the main thread only. A signal to the whole process
     group, such as Ctrl-C in a terminal or that of ``timeout``, ends no worker of a DataLoader that is forked in a fit:
-    the main process ends them. It goes behind all other callbacks.
+    the main process ends them. (A program that such a worker starts has SIGTERM blocked.) It goes behind all other
+    callbacks.
 
     Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
     would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
@@ -86,7 +87,10 @@ class Preemption(Checkpoint):
         """Block the signals in a DataLoader's worker; torch's own handler of SIGTERM would end it, and the fit."""
         if self._shields and getattr(multiprocessing.current_process(), "_target", None) is _worker_loop:
             self._shields = False
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, _pass_over)  # a program that the worker starts does not inherit it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # torch sets its handler after this
             threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,6 +174,10 @@ class Preemption(Checkpoint):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _pass_over(number: int, frame: Any) -> None:
+    pass
 
 
 def _leave_with_parent(parent: int) -> None:

@@ -203,7 +203,9 @@ class Verification:
             )
             if not (trace.steps or self.subject.model.automatic_optimization):
                 batches = self.subject.limit(self.subject.steps)
-                raise NotApplicable(f"no optimizer step in epochs of {batches} batches; --steps makes them longer")
+                raise NotApplicable(
+                    f"no optimizer step that Lightning counts in epochs of {batches} batches; --steps makes them longer"
+                )
             if not trace.steps:
                 raise RunError("no optimizer step")
             assert_finite(trace.diverged)
