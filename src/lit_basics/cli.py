@@ -82,11 +82,13 @@ def _dispatch(args: list[str]) -> int:
     elif command == "recipes":
         _recipes(rest)
     elif command in SUBCOMMANDS:
+        collecting = gc.isenabled()
         gc.disable()  # an import makes no garbage, and looking for it takes a sixth of the time
         try:
             from lit_basics.running import run
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         run(command, rest)
     else:
         raise UserError(f"there is no command {command!r}{nearest(command, (*SUBCOMMANDS, 'recipes'))}")

@@ -12,8 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from lit_basics.finite import are_finite
-from lit_basics.verification.tracing import State, digest, random_digest, tensors_of, training_state
+from lit_basics.verification.tracing import State, digest, finite, random_digest, tensors_of, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -93,7 +92,7 @@ class Recorder(pl.Callback):
         self.recorded.draws |= random_digest() != self._random
         if trainer.global_step > len(self.recorded.states):
             self.recorded.states.append(training_state(pl_module, []))
-            if not (self.recorded.diverged or are_finite(p for p in pl_module.parameters() if p.requires_grad)):
+            if not (self.recorded.diverged or finite(pl_module)):
                 self.recorded.diverged = len(self.recorded.states)
 
 

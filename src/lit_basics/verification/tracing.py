@@ -122,7 +122,7 @@ class Tracer(Checkpoint):
             self.trace.steps = trainer.global_step
             state = training_state(pl_module, trainer.optimizers)
             if self.reference is None:
-                if not (self.trace.diverged or are_finite(p for p in pl_module.parameters() if p.requires_grad)):
+                if not (self.trace.diverged or finite(pl_module)):
                     self.trace.diverged = self.trace.steps
                 torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
             else:
@@ -157,6 +157,11 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
                 if isinstance(value, Tensor):
                     state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = copied(value)
     return state
+
+
+def finite(module: torch.nn.Module) -> bool:
+    """Return whether all trained parameters are finite; buffers, such as masks, need not be."""
+    return are_finite(p for p in module.parameters() if p.requires_grad)
 
 
 def copied(value: Tensor) -> Tensor:
