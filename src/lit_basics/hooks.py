@@ -159,11 +159,12 @@ class TrainingHooks(FlushesRows):
         stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         if self._manual and batch is None and stepped:  # Lightning passes over it, but steps the schedulers
             self._step_schedulers(trainer)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self.module.own_training_step and isinstance(loss, torch.Tensor):
-            step = trainer.global_step + (0 if stepped else 1)
-            # Lightning has divided the loss by the number of accumulated batches
-            recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=self.module.log_every_n_steps)
+        if self.module.own_training_step:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if isinstance(loss, torch.Tensor):
+                step, every = trainer.global_step + (0 if stepped else 1), self.module.log_every_n_steps
+                # Lightning has divided the loss by the number of accumulated batches
+                recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=every)
         if trainer.is_last_batch:
             self._log_epoch_means(trainer)
         else:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
@@ -184,7 +185,8 @@ class LitSupervised(pl.LightningModule):
             value: A scalar tensor.
         """
         trainer = self.trainer
-        if trainer.training:
+        # trainer.training compares without regard to case, which takes longer than all the rest
+        if trainer.state.stage is RunningStage.TRAINING:
             part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
             recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 

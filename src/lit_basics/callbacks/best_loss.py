@@ -38,6 +38,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         UserError: If ``dirpath`` or ``weights_path`` is remote.
     """
 
+    on_train_batch_end = None  # type: ignore[assignment]  # it saves at no step; Lightning passes over what is no hook
+
     def __init__(self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None) -> None:
         for path in filter(None, (dirpath, weights_path)):
             local_path(path)

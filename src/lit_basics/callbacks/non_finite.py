@@ -169,13 +169,14 @@ class NonFiniteGuard(pl.Callback):
         elif self._scaled:
             return
         elif not self._at_once:
-            parameters = _with_gradients(optimizer)
-            self._steps.append(_Step(number, losses, parameters, norms_of(_gradients(parameters))))
+            moved = _with_gradients(optimizer)
+            self._steps.append(_Step(number, losses, moved, norms_of(_gradients(moved))))
         else:
             evaluated, self._evaluated = self._evaluated, (id(optimizer), number)
             healthy = all(math.isfinite(loss.item()) for loss in losses)
             if norm is None or not math.isfinite(norm):  # a norm may overflow where no gradient does
-                healthy = healthy and are_finite(_gradients(_with_gradients(optimizer)), self._found)
+                parameters = (p for group in optimizer.param_groups for p in group["params"])
+                healthy = healthy and are_finite(_gradients(parameters), self._found)
             if self._buffers:
                 healthy = healthy and are_finite(self._live_buffers(pl_module).values())
             if healthy and trainer.world_size == 1:
@@ -457,8 +458,8 @@ def _with_gradients(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [gradient for p in parameters if (gradient := p.grad) is not None]
 
 
 def _accumulating(trainer: pl.Trainer) -> bool:
