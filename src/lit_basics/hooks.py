@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lit_basics.callbacks.random_state import load_loaders, states_of_loaders
 from lit_basics.data.order import check_shared_out
 from lit_basics.errors import UserError
 from lit_basics.execution import (
@@ -57,6 +58,7 @@ class TrainingHooks(FlushesRows):
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
         self._means_logged = False
         self._resumed: dict[str, Any] | None = None
+        self._loader_states: list[dict[str, Any]] = []
         self._plateaus: list[tuple[Any, int]] = []  # configurations of schedulers, with their frequencies
         self._left: list[int] = []  # the places of those that Lightning steps after all
 
@@ -103,6 +105,7 @@ class TrainingHooks(FlushesRows):
                 be made in between.
         """
         check_shared_out(trainer, trainer.train_dataloader)
+        load_loaders(trainer, self._loader_states)
         recorder_of(trainer).clear()
         if self._several and not isinstance(trainer.train_dataloader, StepsInBetween):
             steps = self.module.steps_per_execution
@@ -292,6 +295,7 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Keep it until training starts; count the steps for this mode of optimization."""
         self._resumed = checkpoint.get("lit_basics")
+        self._loader_states = states_of_loaders(checkpoint)
         carry_steps(checkpoint, self.module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -57,7 +57,7 @@ class ArrayLoader:
     batch_sampler = None
     """Lightning looks here, then at ``sampler``, whose ``set_epoch`` it calls before each epoch."""
     loads_state_late = True
-    """A state may be loaded after ``iter``, until the first batch is drawn: RandomState does so."""
+    """A state may be loaded after ``iter``, until the first batch is drawn: ``load_loaders`` does so."""
 
     def __init__(
         self,
