@@ -157,8 +157,6 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Flush the recorder when it is due, and the epoch's means after its last batch."""
         recorder, accumulate = recorder_of(trainer), trainer.accumulate_grad_batches
-        if self._several and batch is None:
-            Counters(trainer).mark_last_batch()
         stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         if self._manual and batch is None and stepped:  # Lightning passes over it, but steps the schedulers
             self._step_schedulers(trainer)
