@@ -425,6 +425,25 @@ def test_the_number_of_steps_is_known_to_schedulers():
         assert module.steps == 8
 
 
+class Asks(pl.Callback):
+    """A callback of the user's, which plans ahead."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.found = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches, trainer.gradient_clip_val
+
+
+def test_the_settings_are_known_to_callbacks_from_the_start():
+    for k in KS:
+        asks = Asks()
+        fitted = trainer(asks, accumulate_grad_batches=4, gradient_clip_val=0.5)
+        module = counted(Small(k))
+        fitted.fit(module, data())
+        assert asks.found == (6, 4, 0.5)
+        assert fitted.global_step == 6
+        assert len(module.handled) == {1: 20, 3: 2, 8: 2}[k]
+        assert [type(callback).__name__ for callback in fitted.callbacks] == ["Asks", "TrainingHooks"]
+
+
 def test_the_trainer_is_left_as_it_was():
     fitted = trainer()
     fitted.fit(Small(3), data())

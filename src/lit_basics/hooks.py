@@ -56,6 +56,7 @@ class TrainingHooks(FlushesRows):
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
+            trainer.callbacks = [ComesFirst(self), *trainer.callbacks]  # type: ignore[attr-defined]
         self._means_logged = False
         self._resumed: dict[str, Any] | None = None
         self._loader_states: list[dict[str, Any]] = []
@@ -63,16 +64,15 @@ class TrainingHooks(FlushesRows):
         self._left: list[int] = []  # the places of those that Lightning steps after all
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the settings back: the check is over.
+        """Look whether the parts fit together, and compile the net.
 
         Raises:
-            UserError: If the DataModule knows its number of classes and it is larger than the module's, or the
-                Trainer has what cannot work with several steps per execution.
+            UserError: If the DataModule knows its number of classes and it is larger than the module's, or a checkpoint
+                is to be saved by time that Lightning never saves.
         """
         if pl_module is not self.module:  # left over: the Trainer has trained another module before
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             return
-        self._put_settings_back(trainer)
         there, known = (getattr(owner, "num_classes", None) for owner in (datamodule_of(trainer), pl_module))
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
@@ -93,8 +93,6 @@ class TrainingHooks(FlushesRows):
         if self.module.compile_net:
             mode = self.module.compile_net
             self.module.net.compile(mode=None if mode is True else mode)
-        if self._several:
-            put_between(self.module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the rows, or restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
@@ -313,6 +311,26 @@ class TrainingHooks(FlushesRows):
         if self._settings is not None:
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
             self._settings = None
+
+
+class ComesFirst(pl.Callback):
+    """What a module in manual optimization does before other callbacks' ``setup``, which may ask for the steps to come.
+
+    Args:
+        hooks: The module's.
+    """
+
+    def __init__(self, hooks: TrainingHooks) -> None:
+        self._hooks = hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the settings back, as Lightning's check is over, and the steps in between; then leave the Trainer."""
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        if pl_module is not self._hooks.module:  # left over: a fit of another module has failed before this
+            return
+        self._hooks._put_settings_back(trainer)
+        if self._hooks._several:
+            put_between(self._hooks.module)
 
 
 def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:
