@@ -305,8 +305,8 @@ class LitLeNet5(LitClassifier):
     Args:
         num_classes: Number of classes.
         in_channels: Channels of the images.
-        activation: Name of the activation; the paper's is ``tanh``.
-        pooling: ``avg`` as in the paper, or ``max``.
+        activation: Name of the activation; the paper's is a scaled ``tanh``.
+        pooling: ``avg``, the paper's but for what it trains, or ``max``.
         optimizer: Makes the optimizer from the parameters.
         **kwargs: As :class:`LitClassifier`.
     """
