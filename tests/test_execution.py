@@ -15,6 +15,7 @@ import torch
 from helpers import Rows, SaveEverywhere, assert_equal, copied, fit, metrics, quiet_trainer, write_npz
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -122,6 +123,7 @@ class Everything(pl.Callback):
         self.seen.append((batch_idx, batch[0].sum().item(), pl_module.net[2].weight.sum().item()))
         loop = trainer.fit_loop
         self.seen.append((trainer.global_step, loop.batch_idx, loop.total_batch_idx, trainer.current_epoch))
+        self.seen.append(trainer.is_last_batch)
 
     def on_before_backward(self, trainer, pl_module, loss):
         self.note("before backward", trainer, loss.item())
@@ -151,6 +153,24 @@ def test_a_foreign_callback_sees_every_step_as_at_one(settings):
     assert len(seen[1]) > 80
     assert seen[3] == seen[1]
     assert seen[8] == seen[1]
+
+
+class Another(SingleDeviceStrategy):
+    """Any strategy but Lightning's for one device has a part in each step."""
+
+
+class Stepped(Small):
+    def lr_scheduler_step(self, scheduler, metric):
+        self.handled.append(self.trainer.global_step)
+        super().lr_scheduler_step(scheduler, metric)
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, Another])
+def test_a_scheduler_sees_the_number_of_its_step(strategy):
+    for k in KS:
+        module = Stepped(k, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2), lr_interval="step")
+        trainer(strategy=strategy(torch.device("cpu"))).fit(module, data())
+        assert module.handled == list(range(1, 21))
 
 
 def leaves(value, place=""):
@@ -310,21 +330,21 @@ def test_each_number_by_value_too():
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_lbfgs_and_pairs(accumulate):
     def lbfgs(parameters):
-        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3, line_search_fn="strong_wolfe")  # it reads the loss
 
     def pair(parameters):
         return PairedOptimizer(parameters, FilterMuon, lambda p: torch.optim.SGD(p, lr=0.1))
 
     for optimizer in (lbfgs, pair, torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.1)):
         states = []
-        for k in KS:
-            module = Small(k, optimizer=optimizer)
+        for k, automatic in ((1, True), *((k, False) for k in KS)):
+            module = Small(k, automatic=automatic, optimizer=optimizer)
             fitted = trainer(accumulate_grad_batches=accumulate)
             fitted.fit(module, data())
             states.append(module.state_dict())
         assert fitted.global_step == 2 * -(-10 // accumulate)
-        assert_equal(states[1], states[0])
-        assert_equal(states[2], states[0])
+        for state in states[1:]:
+            assert_equal(state, states[0])
 
 
 class Average(WeightAveraging):
@@ -403,6 +423,25 @@ def test_the_number_of_steps_is_known_to_schedulers():
         module = Cycled(k)
         trainer(accumulate_grad_batches=3).fit(module, data())
         assert module.steps == 8
+
+
+class Asks(pl.Callback):
+    """A callback of the user's, which plans ahead."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.found = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches, trainer.gradient_clip_val
+
+
+def test_the_settings_are_known_to_callbacks_from_the_start():
+    for k in KS:
+        asks = Asks()
+        fitted = trainer(asks, accumulate_grad_batches=4, gradient_clip_val=0.5)
+        module = counted(Small(k))
+        fitted.fit(module, data())
+        assert asks.found == (6, 4, 0.5)
+        assert fitted.global_step == 6
+        assert len(module.handled) == {1: 20, 3: 2, 8: 2}[k]
+        assert [type(callback).__name__ for callback in fitted.callbacks] == ["Asks", "TrainingHooks"]
 
 
 def test_the_trainer_is_left_as_it_was():

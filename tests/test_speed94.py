@@ -283,6 +283,16 @@ def test_a_loader_without_a_length_tells_no_end(kind):
     fit(kind(widths=WIDTHS), None, max_steps=3, train_dataloaders=DataLoader(Endless(), batch_size=3))
 
 
+@pytest.mark.parametrize("kind", [LitSpeedNet, LitSpeedNet96])
+def test_the_default_rates_do_not_change_by_epochs(kind):
+    """They would hardly change at all."""
+    message = f"{kind.__name__}'s learning rates change step by step, but lr_interval is 'epoch': give an lr_scheduler"
+    with pytest.raises(UserError, match=message):
+        fit(kind(widths=WIDTHS, lr_interval="epoch"), images())
+    by_epochs = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)  # noqa: E731
+    fit(kind(widths=WIDTHS, lr_interval="epoch", lr_scheduler=by_epochs), images(), max_epochs=1)
+
+
 def test_states_with_and_without_losses():
     """Without the hook a checkpoint loads only where ``hardest`` is what it was."""
     plain, choosy = LitSpeedNet(widths=WIDTHS), LitSpeedNet(widths=WIDTHS, hardest=[0.5])

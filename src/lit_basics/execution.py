@@ -146,7 +146,7 @@ class Step:
                 raise UserError(f"{self._said()} an epoch cannot be left by returning -1 from on_train_batch_start")
             self.counters.start_batch()
             stepped = (index + 1) % self.trainer.accumulate_grad_batches == 0
-            loss = self._train_directly(batch, index, stepped) if self.directly else self._train(batch, index, stepped)
+            loss = self._train_directly(batch, index, stepped) if self.directly else self._train(batch, index)
             self.counters.process_batch()
             for hook in self._hooks["on_train_batch_end"]:
                 hook({"loss": loss}, batch, index)
@@ -159,11 +159,12 @@ class Step:
     def _said(self) -> str:
         return f"steps_per_execution is {self.module.steps_per_execution}:"
 
-    def _train(self, batch: Any, index: int, stepped: bool) -> Tensor:
-        output: Any = self.trainer.strategy.training_step(batch, index)
-        if stepped:
-            self.counters.count_step()
-        loss: Tensor = output
+    def _train(self, batch: Any, index: int) -> Any:
+        optimizer: Any = self.module.optimizers()
+        # a private name, by which Lightning too counts a step before schedulers and hooks read trainer.global_step
+        before, optimizer._on_after_step = optimizer._on_after_step, self.counters.count_step
+        loss = self.trainer.strategy.training_step(batch, index)
+        optimizer._on_after_step = before
         return loss
 
     def _train_directly(self, batch: Any, index: int, stepped: bool) -> Tensor:
@@ -189,7 +190,7 @@ class Step:
                 for hook in self._hooks["on_before_optimizer_step"]:
                     hook(optimizer)
             kept[:] = [scaled.detach()]
-            return loss
+            return scaled
 
         if stepped:
             optimizer.step(closure)  # type: ignore[arg-type]  # the stub's float is a tensor in torch's own examples
@@ -224,6 +225,8 @@ class Counters:
 
     def begin_batch(self) -> int:
         """Count a batch as drawn; return its index in the epoch."""
+        fetcher: Any = self._trainer.fit_loop._data_fetcher
+        fetcher.fetched += 1  # by which Lightning knows an epoch's last batch
         self._batches.increment_ready()
         return self._batches.current.ready - 1
 
@@ -249,11 +252,6 @@ class Counters:
         """Count an optimizer step: ``trainer.global_step``."""
         self._steps.increment_ready()
         self._steps.increment_completed()
-
-    def mark_last_batch(self) -> None:
-        """Let ``trainer.is_last_batch`` be true of an epoch's last: Lightning has counted those it handled alone."""
-        if self._batches.current.ready == self._trainer.num_training_batches:
-            self._batches.increment_by(0, is_last_batch=True)
 
 
 def is_lightnings_own(trainer: pl.Trainer, iterator: Iterator[Any] | None) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lit_basics.callbacks.random_state import load_loaders, states_of_loaders
 from lit_basics.data.order import check_shared_out
 from lit_basics.errors import UserError
 from lit_basics.execution import (
@@ -55,22 +56,23 @@ class TrainingHooks(FlushesRows):
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
+            trainer.callbacks = [ComesFirst(self), *trainer.callbacks]  # type: ignore[attr-defined]
         self._means_logged = False
         self._resumed: dict[str, Any] | None = None
+        self._loader_states: list[dict[str, Any]] = []
         self._plateaus: list[tuple[Any, int]] = []  # configurations of schedulers, with their frequencies
         self._left: list[int] = []  # the places of those that Lightning steps after all
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the settings back: the check is over.
+        """Look whether the parts fit together, and compile the net.
 
         Raises:
-            UserError: If the DataModule knows its number of classes and it is larger than the module's, or the
-                Trainer has what cannot work with several steps per execution.
+            UserError: If the DataModule knows its number of classes and it is larger than the module's, or a checkpoint
+                is to be saved by time that Lightning never saves.
         """
         if pl_module is not self.module:  # left over: the Trainer has trained another module before
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             return
-        self._put_settings_back(trainer)
         there, known = (getattr(owner, "num_classes", None) for owner in (datamodule_of(trainer), pl_module))
         if isinstance(there, int) and isinstance(known, int) and there > known:
             raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
@@ -91,8 +93,6 @@ class TrainingHooks(FlushesRows):
         if self.module.compile_net:
             mode = self.module.compile_net
             self.module.net.compile(mode=None if mode is True else mode)
-        if self._several:
-            put_between(self.module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the rows, or restore what :meth:`on_save_checkpoint` saved; Lightning has cleared the gradients before.
@@ -103,6 +103,7 @@ class TrainingHooks(FlushesRows):
                 be made in between.
         """
         check_shared_out(trainer, trainer.train_dataloader)
+        load_loaders(trainer, self._loader_states)
         recorder_of(trainer).clear()
         if self._several and not isinstance(trainer.train_dataloader, StepsInBetween):
             steps = self.module.steps_per_execution
@@ -154,8 +155,6 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Flush the recorder when it is due, and the epoch's means after its last batch."""
         recorder, accumulate = recorder_of(trainer), trainer.accumulate_grad_batches
-        if self._several and batch is None:
-            Counters(trainer).mark_last_batch()
         stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         if self._manual and batch is None and stepped:  # Lightning passes over it, but steps the schedulers
             self._step_schedulers(trainer)
@@ -292,6 +291,7 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Keep it until training starts; count the steps for this mode of optimization."""
         self._resumed = checkpoint.get("lit_basics")
+        self._loader_states = states_of_loaders(checkpoint)
         carry_steps(checkpoint, self.module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -311,6 +311,26 @@ class TrainingHooks(FlushesRows):
         if self._settings is not None:
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
             self._settings = None
+
+
+class ComesFirst(pl.Callback):
+    """What a module in manual optimization does before other callbacks' ``setup``, which may ask for the steps to come.
+
+    Args:
+        hooks: The module's.
+    """
+
+    def __init__(self, hooks: TrainingHooks) -> None:
+        self._hooks = hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the settings back, as Lightning's check is over, and the steps in between; then leave the Trainer."""
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        if pl_module is not self._hooks.module:  # left over: a fit of another module has failed before this
+            return
+        self._hooks._put_settings_back(trainer)
+        if self._hooks._several:
+            put_between(self._hooks.module)
 
 
 def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_basics import nets
 from lit_basics.data.arrays import no_batches
 from lit_basics.errors import UserError
-from lit_basics.execution import Counters, only_optimizer, step_schedulers
+from lit_basics.execution import only_optimizer, step_schedulers
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import NEVER, recorder_of
@@ -210,8 +210,6 @@ class LitSupervised(pl.LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         only_optimizer(self)
         optimizer: Any = self.optimizers()
-        if self.steps_per_execution > 1:
-            Counters(self.trainer).mark_last_batch()
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
@@ -224,7 +222,7 @@ class LitSupervised(pl.LightningModule):
                 optimizer.zero_grad()
             losses[:] = [loss / accumulate]
             self.manual_backward(losses[0])
-            return loss
+            return losses[0]
 
         # automatic optimization runs backward and the update outside the precision's context, where training_step is
         with torch.autocast(self.device.type, enabled=False), default_dtype(self.usual_dtype):
@@ -307,8 +305,8 @@ class LitLeNet5(LitClassifier):
     Args:
         num_classes: Number of classes.
         in_channels: Channels of the images.
-        activation: Name of the activation; the paper's is ``tanh``.
-        pooling: ``avg`` as in the paper, or ``max``.
+        activation: Name of the activation; the paper's is a scaled ``tanh``.
+        pooling: ``avg``, the paper's but for what it trains, or ``max``.
         optimizer: Makes the optimizer from the parameters.
         **kwargs: As :class:`LitClassifier`.
     """

@@ -31,13 +31,16 @@ def _choose(kind: str, name: str, table: dict[str, type[nn.Module]]) -> type[nn.
 class LeNet5(nn.Sequential):
     """LeNet-5 (LeCun et al. 1998), without its sparse connection table and its RBF output layer.
 
+    The paper's tanh is scaled, 1.7159·tanh(2x/3), and its sub-sampling an average with a trained factor and bias for
+    each map and a squashing function after it; here both are plain.
+
     Maps images (N, in_channels, 32, 32) to logits (N, num_classes).
 
     Args:
         num_classes: Number of classes, 10 for CIFAR-10.
         in_channels: Channels of the images, 3 for colour.
-        activation: Name of the activation; the paper's is ``tanh``.
-        pooling: ``avg`` as in the paper, or ``max``.
+        activation: Name of the activation; the paper's is a scaled ``tanh``.
+        pooling: ``avg``, the paper's but for what it trains, or ``max``.
 
     Raises:
         UserError: If ``activation`` or ``pooling`` has another name.

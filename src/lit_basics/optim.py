@@ -253,7 +253,8 @@ class SpeedOptimizer(Optimizer):
         head_lr: Learning rate of the head.
         bias_lr: Learning rate of the biases.
         momentum: Momentum of SGD.
-        weight_decay: Share of its value that a parameter of SGD loses in a step at the full learning rate.
+        weight_decay: Share of its value that a step of SGD at the full learning rate takes from a parameter, before
+            momentum, which multiplies it by 1 / (1 - ``momentum``).
 
     Raises:
         UserError: If a group has another name, or none.
@@ -307,7 +308,8 @@ class LookaheadSGD(LeanSGD):
         lr: Learning rate of the weights.
         bias_lr: Learning rate of the biases.
         momentum: Momentum.
-        weight_decay: Share of its value that a parameter loses in a step at the full learning rate.
+        weight_decay: Share of its value that a step at the full learning rate takes from a parameter, before
+            momentum, which multiplies it by 1 / (1 - ``momentum``).
         lookahead: Share of themselves that the slow weights keep.
         lookahead_steps: Steps from one return to the next.
 

@@ -63,11 +63,16 @@ class LitWhitened(LitClassifier):
             self._seen[net] = filters._version
 
     def steps_of_training(self) -> float:
-        """Return the number of optimizer steps of the training; infinity where it has no end.
+        """Return the number of optimizer steps of the training, for a schedule by steps; infinity where it has no end.
 
         Raises:
-            UserError: If a training loader without a length does not tell.
+            UserError: If the scheduler steps by epochs, or a training loader without a length does not tell.
         """
+        if self.lr_interval != "step":
+            raise UserError(
+                f"{type(self).__name__}'s learning rates change step by step, but lr_interval is {self.lr_interval!r}: "
+                "give an lr_scheduler for epochs, or leave it"
+            )
         steps = self.trainer.estimated_stepping_batches
         if steps < 0:
             raise UserError(
@@ -127,7 +132,7 @@ class LitSpeedNet(LitWhitened):
             others than 1 a batch is (images, labels, indices), as of ``CIFAR10DataModule(with_indices=True)``.
         label_smoothing: As for ``nn.CrossEntropyLoss``.
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
-        lr_scheduler: Another scheduler; by default :meth:`falling_to_zero`.
+        lr_scheduler: Another scheduler; by default :meth:`falling_to_zero`, which goes by steps.
         lr_interval: Whether it steps every optimizer ``step``, the default here, or every ``epoch``.
         **kwargs: As :class:`LitClassifier`.
 
@@ -185,7 +190,7 @@ class LitSpeedNet(LitWhitened):
         """Return the scheduler: to 0 at the end of training, for the whitening's bias after three epochs.
 
         Raises:
-            UserError: If the end of training is not known.
+            UserError: If the end of training is not known, or ``lr_interval`` is not ``step``.
         """
         steps = self.steps_of_training()  # which sets the loaders up, whose batches are known then
         an_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches

@@ -45,7 +45,7 @@ class LitSpeedNet96(LitWhitened):
         hardest: Share of a batch that is chosen.
         label_smoothing: As for ``nn.CrossEntropyLoss``.
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
-        lr_scheduler: Another scheduler; by default :meth:`rising_and_falling`.
+        lr_scheduler: Another scheduler; by default :meth:`rising_and_falling`, which goes by steps.
         lr_interval: Whether it steps every optimizer ``step``, the default here, or every ``epoch``.
         **kwargs: As :class:`LitClassifier`.
 
@@ -109,7 +109,7 @@ class LitSpeedNet96(LitWhitened):
         """Return the scheduler, over all steps of the training.
 
         Raises:
-            UserError: If the training has no end, or none that is known.
+            UserError: If the training has no end, or none that is known, or ``lr_interval`` is not ``step``.
         """
         steps = self.steps_of_training()
         if math.isinf(steps):

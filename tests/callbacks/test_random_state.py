@@ -19,8 +19,8 @@ pytestmark = [
 class Cycled(LitClassifier):
     """Reads estimated_stepping_batches, for which Lightning sets up the training loader early."""
 
-    def __init__(self):
-        super().__init__(nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(3072, 10)))
+    def __init__(self, dropout=0.3, **mode):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(3072, 10)), **mode)
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
@@ -65,7 +65,7 @@ def train(data, max_steps, checkpoint=None, save_to=None):
 @pytest.mark.parametrize("max_steps", [-1, 16])
 @pytest.mark.parametrize("data", [images, LitResumable])
 def test_a_loader_that_is_set_up_early_resumes_at_its_place(data, max_steps, tmp_path):
-    """Without ``_load_loaders`` it begins at epoch 0."""
+    """Without ``load_loaders`` it begins at epoch 0."""
     state, steps, lr = train(data, max_steps, save_to=tmp_path)
     checkpoints = sorted(tmp_path.glob("*.ckpt"))[:-1]
     assert len(checkpoints) == steps - 1
@@ -73,6 +73,17 @@ def test_a_loader_that_is_set_up_early_resumes_at_its_place(data, max_steps, tmp
         resumed = train(data, max_steps, checkpoint=checkpoint)
         assert_equal(resumed[0], state)
         assert resumed[1:] == (steps, lr), checkpoint.stem
+
+
+@pytest.mark.parametrize("mode", [{}, {"steps_per_execution": 2}])
+def test_so_it_does_by_the_module_alone(mode, tmp_path):
+    """A net that draws nothing needs no RandomState."""
+    whole = Cycled(0.0, **mode)
+    quiet_trainer(SaveEverywhere(tmp_path), enable_checkpointing=True, max_epochs=2).fit(whole, images())
+    for number in (2, 8):
+        resumed = Cycled(0.0, **mode)
+        quiet_trainer(max_epochs=2).fit(resumed, images(), ckpt_path=tmp_path / f"{number:03}.ckpt", weights_only=True)
+        assert_equal(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

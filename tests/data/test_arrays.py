@@ -170,6 +170,13 @@ def test_a_batch_is_augmented_by_the_documented_draws():
         assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("make", [SyntheticCIFAR10, lambda **flip: ArrayLoader(*[torch.zeros(4)] * 2, None, **flip)])
+def test_an_unknown_way_to_flip_is_refused(make):
+    """It would mean plain mirroring."""
+    with pytest.raises(UserError, match="flip is 'alternate'; it must be True, False or 'alternating'"):
+        make(flip="alternate")
+
+
 @pytest.mark.parametrize("flip", [True, "alternating"])
 def test_arrays_on_another_device_stay_there(flip):
     """No value of another device is asked for: on this one there are none."""

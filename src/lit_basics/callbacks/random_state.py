@@ -49,8 +49,7 @@ class RandomState(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._loaded = checkpoint.get("random_state")
-        loops = checkpoint.get("loops") or {"fit_loop": {"state_dict": {}}}  # weights only: there are none
-        self._loader_states = loops["fit_loop"]["state_dict"].get("combined_loader", [])
+        self._loader_states = states_of_loaders(checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore this rank's states after a resume.
@@ -59,7 +58,8 @@ class RandomState(pl.Callback):
             UserError: If the training loader is not shared out over the processes.
         """
         check_shared_out(trainer, trainer.train_dataloader)
-        self._load_loaders(trainer)
+        states, self._loader_states = self._loader_states, []
+        load_loaders(trainer, states)
         if self._loaded is None:
             return
         if len(self._loaded) == trainer.world_size:
@@ -77,15 +77,25 @@ class RandomState(pl.Callback):
             loop.reset_restart_stage()
             loop.epoch_loop.restarting = False
 
-    def _load_loaders(self, trainer: pl.Trainer) -> None:
-        """Give the training loaders their states, as Lightning does only where it sets them up after the restore."""
-        states, self._loader_states = self._loader_states, []
-        if not states or not trainer.fit_loop.restarting:
-            return
-        loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if _is_stateful(loader)]
-        for loader, state in zip(loaders, states, strict=True):
-            if getattr(loader, "loads_state_late", False):
-                loader.load_state_dict(state)
+
+def states_of_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the states of the training loaders that Lightning has saved."""
+    loops = checkpoint.get("loops") or {"fit_loop": {"state_dict": {}}}  # weights only: there are none
+    states: list[dict[str, Any]] = loops["fit_loop"]["state_dict"].get("combined_loader", [])
+    return states
+
+
+def load_loaders(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
+    """Give our training loaders their states, as Lightning does only where it sets them up after the restore.
+
+    A second time, by another callback or after Lightning, changes nothing.
+    """
+    if not states or not trainer.fit_loop.restarting:
+        return
+    loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if _is_stateful(loader)]
+    for loader, state in zip(loaders, states, strict=True):
+        if getattr(loader, "loads_state_late", False):
+            loader.load_state_dict(state)
 
 
 def _is_stateful(loader: Any) -> bool:

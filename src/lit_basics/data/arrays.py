@@ -52,12 +52,15 @@ class ArrayLoader:
             other way in each next one.
         cutout: Side of a square of each image, at a random place, that is set to zero.
         with_indices: Whether a batch has the places of its samples in ``inputs`` too.
+
+    Raises:
+        UserError: If ``flip`` is none of its values.
     """
 
     batch_sampler = None
     """Lightning looks here, then at ``sampler``, whose ``set_epoch`` it calls before each epoch."""
     loads_state_late = True
-    """A state may be loaded after ``iter``, until the first batch is drawn: RandomState does so."""
+    """A state may be loaded after ``iter``, until the first batch is drawn: ``load_loaders`` does so."""
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class ArrayLoader:
         cutout: int = 0,
         with_indices: bool = False,
     ) -> None:
+        check_flip(flip)
         self.inputs, self.targets, self.sampler = inputs, targets, order
         self._with_indices = with_indices
         self._indices = None if indices is None else indices.to(inputs.device)
@@ -192,6 +196,7 @@ class ArrayDataModule(pl.LightningDataModule):
         super().__init__()
         check_batch_size(batch_size)
         check_seed(seed)
+        check_flip(flip)
         if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
             raise UserError(f"val_size is {val_size}; it must be a fraction in [0, 1) or a number of images")
         for name, value in (("crop", crop), ("cutout", cutout)):
@@ -300,6 +305,12 @@ class ArrayDataModule(pl.LightningDataModule):
             self.setup("fit")
         assert self._arrays is not None
         return self._arrays
+
+
+def check_flip(flip: Flip) -> None:
+    """Refuse what is not mirrored by."""
+    if flip not in (True, False, "alternating"):
+        raise UserError(f"flip is {flip!r}; it must be True, False or 'alternating'")
 
 
 def check_arrays(arrays: ImageArrays, name: str) -> None:

@@ -60,7 +60,7 @@ class ResumableDataLoader(DataLoader[Any]):
     """
 
     loads_state_late = True
-    """A state may be loaded after ``iter``, until the first batch is drawn: RandomState does so."""
+    """A state may be loaded after ``iter``, until the first batch is drawn: ``load_loaders`` does so."""
 
     def __init__(
         self,
