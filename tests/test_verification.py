@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -44,7 +46,8 @@ from lit_basics import (
     verify,
 )
 from lit_basics.cli import main
-from lit_basics.verification.tracing import largest_difference
+from lit_basics.verification.forks import run_all
+from lit_basics.verification.tracing import largest_difference, training_state
 
 EXACT = {"callbacks": [RandomState()], "plugins": [DurableCheckpointIO()], "progress": False}
 
@@ -106,6 +109,36 @@ NAN, INF = float("nan"), float("inf")
 def test_largest_difference(value, expected, largest):
     """Complex numbers by both their parts; what is NaN, or the same infinity, in both does not differ."""
     assert largest_difference(torch.tensor(value), torch.tensor(expected)) == largest
+
+
+def test_tensors_in_lists_of_an_optimizers_state_are_compared():
+    """LBFGS keeps its history in lists."""
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert {"d of weight", "old_dirs[0] of weight", "old_stps[0] of weight"} <= training_state(net, [optimizer]).keys()
+
+
+def test_a_rank_that_cannot_start_ends_the_others(tmp_path):
+    """Started outside the ``try``, the first stays. File descriptors are left for the start of one process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0) for _ in range(8)]
+    for descriptor in taken:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            run_all([lambda _: time.sleep(60)] * 2, tmp_path / "log", lambda: None, [{"RANK": "0"}, {"RANK": "1"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert multiprocessing.active_children() == []
 
 
 def test_our_own_module_passes_every_check():

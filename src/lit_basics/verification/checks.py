@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
-from lit_basics.verification.forks import Run, RunError, run_all, run_together
+from lit_basics.verification.forks import Run, RunError, Work, run_all
 from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
 from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
 from lit_basics.verification.runs import RANK_STEPS, Subject
@@ -184,7 +184,7 @@ class Verification:
             outcome, text = "failed", f"the run ended in {error}"
         return Verdict(check, outcome, text)
 
-    def one(self, work: Callable[[Callable[[int], None]], Any]) -> Any:
+    def one(self, work: Work) -> Any:
         """Make one run and return what ``work`` returned there."""
         self.bar.total += 1
         (run,) = run_all([work], self.log, self.bar.update)
@@ -354,21 +354,15 @@ class Verification:
                     )
         return f"{equal}; {counted}"
 
-    def _ddp_updates(self) -> tuple[int, int, str | None]:
-        for precision, tolerance in TOLERANCES.items():  # noqa: B007  # the one that the break leaves is used below
+    def _joint_runs(self) -> tuple[list[Recorded], Recorded, str | None]:
+        """Train on two ranks, and in one process on their batches put together; in float64 where that can be."""
+        for precision in TOLERANCES:
             ranks: list[Recorded] = []
             try:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
-                epochs = joined_epochs(ranks)
-                alone: Recorded = self.one(
-                    partial(
-                        self.subject.replay,
-                        folder=self.folder,
-                        epochs=epochs,
-                        length=ranks[0].length,
-                        precision=precision,
-                    )
-                )
+                replay = partial(self.subject.replay, epochs=joined_epochs(ranks), length=ranks[0].length)
+                alone: Recorded = self.one(partial(replay, folder=self.folder, precision=precision))
+                break
             except RunError as error:
                 if precision is None:
                     self.bare()
@@ -378,8 +372,10 @@ class Verification:
                         what = "one process cannot take the ranks' batches put together"
                         raise NotApplicable(f"{what}: {error}") from error
                     raise
-                continue  # it cannot train in float64
-            break
+        return ranks, alone, precision
+
+    def _ddp_updates(self) -> tuple[int, int, str | None]:
+        ranks, alone, precision = self._joint_runs()
         first, second = (rank.epochs[0] for rank in ranks)
         if first and tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
@@ -388,41 +384,11 @@ class Verification:
             raise NotApplicable(f"no optimizer step in epochs of {RANK_STEPS} batches, of which it makes no more")
         if {steps} != set(made) or not steps:
             raise Failed(f"two ranks made {made} steps, one process {steps}")
-        compared, update = 0, 0.0
-        for step, (expected, *others) in enumerate(zip(alone.states, *(rank.states for rank in ranks), strict=True), 1):
-            moved = {n: largest_difference(expected[n], before) for n, before in alone.initial.items() if n in expected}
-            update = max([update, *moved.values()])
-            for name, value in expected.items():
-                allowed = tolerance * update + rounding(value, step)
-                for other in others:
-                    compared += 1
-                    largest = largest_difference(other.get(name), value)
-                    if largest > allowed and alone.draws:
-                        raise NotApplicable(
-                            "the step draws random numbers, which differ from rank to rank by intent: two ranks "
-                            f"differ from one process {Difference(step, name, largest)}"
-                        )
-                    if largest > allowed:
-                        raise Failed(
-                            f"two ranks differ from one process on the same global batch "
-                            f"{Difference(step, name, largest)}; a loss that is not the mean over its batch, or a "
-                            "layer that looks at the whole batch, would do that (or batches that cannot be put "
-                            "together along their first dimension)"
-                        )
-        if not compared:
-            raise Failed("there was nothing to compare: the module has no parameters")
-        assert_finite(alone.diverged)
-        if not any(TELLING * moved[name] > rounding(alone.states[-1][name], steps) for name in moved):
-            raise NotApplicable(
-                f"in {steps} steps no weight moves by more than {update:.3g}: rounding would hide a fault"
-            )
-        return steps, compared, precision
+        return steps, compared_updates(ranks, alone, TOLERANCES[precision]), precision
 
-    def _ranks(self, work: Callable[[Callable[[int], None]], Any]) -> list[Any]:
+    def _ranks(self, work: Work) -> list[Any]:
         self.bar.total += RANKS
-        results = run_together([work] * RANKS, self.log, environments())
-        self.bar.update(RANKS)
-        return list(results)
+        return [run.result() for run in run_all([work] * RANKS, self.log, self.bar.update, environments())]
 
     def kill(self) -> str:
         """Kill the run, restart it from its newest checkpoint, and so on, until it comes to its end."""
@@ -487,6 +453,39 @@ def joined_epochs(ranks: list[Recorded]) -> list[list[Any]]:
         ]
     except Exception as error:  # a batch may be anything
         raise NotApplicable(f"the ranks' batches cannot be put together into one: {first_line(error)}") from error
+
+
+def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -> int:
+    """Compare the ranks' states after each step with one process's; return how many comparisons that were."""
+    compared, update = 0, 0.0
+    for step, (expected, *others) in enumerate(zip(alone.states, *(rank.states for rank in ranks), strict=True), 1):
+        moved = {n: largest_difference(expected[n], before) for n, before in alone.initial.items() if n in expected}
+        update = max([update, *moved.values()])
+        for name, value in expected.items():
+            allowed = tolerance * update + rounding(value, step)
+            for other in others:
+                compared += 1
+                largest = largest_difference(other.get(name), value)
+                if largest > allowed and alone.draws:
+                    raise NotApplicable(
+                        "the step draws random numbers, which differ from rank to rank by intent: two ranks "
+                        f"differ from one process {Difference(step, name, largest)}"
+                    )
+                if largest > allowed:
+                    raise Failed(
+                        f"two ranks differ from one process on the same global batch "
+                        f"{Difference(step, name, largest)}; a loss that is not the mean over its batch, or a "
+                        "layer that looks at the whole batch, would do that (or batches that cannot be put "
+                        "together along their first dimension)"
+                    )
+    if not compared:
+        raise Failed("there was nothing to compare: the module has no parameters")
+    assert_finite(alone.diverged)
+    if not any(TELLING * moved[name] > rounding(alone.states[-1][name], len(alone.states)) for name in moved):
+        raise NotApplicable(
+            f"in {len(alone.states)} steps no weight moves by more than {update:.3g}: rounding would hide a fault"
+        )
+    return compared
 
 
 def same_metric(value: float, expected: float) -> bool:

@@ -1,13 +1,13 @@
 """Two processes beside one: the same update from the same global batch, each validation sample once."""
 
 import dataclasses
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
@@ -20,9 +20,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def environments() -> list[dict[str, str]]:
     """Return the variables that torchrun would give to each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_network_port()
     return [
         {
             "TORCHELASTIC_RUN_ID": "verify",

@@ -22,7 +22,7 @@ from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Sam
 from lit_basics.verification.report import NotApplicable
 from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
 
-Report = Callable[[int], None]
+Tell = Callable[[int], None]
 """Tells the parent process of a step; the same first argument in each kind of run."""
 LEFT_OUT = (
     *("max_time", "min_epochs", "min_steps", "fast_dev_run", "overfit_batches", "profiler", "barebones"),
@@ -51,10 +51,7 @@ class Nowhere(DummyLogger):
         """Return the folder."""
         return self._folder
 
-    @property
-    def log_dir(self) -> str:
-        """Return the folder."""
-        return self._folder
+    log_dir = save_dir
 
 
 class StopAfter(pl.Callback):
@@ -151,7 +148,7 @@ class Subject:
 
     def trace(
         self,
-        report: Report,
+        report: Tell,
         folder: Path,
         reference: Trace | None = None,
         *,
@@ -170,7 +167,7 @@ class Subject:
         self.fit(trainer, checkpoint)
         return trace
 
-    def bare(self, report: Report, folder: Path) -> Trace:
+    def bare(self, report: Tell, folder: Path) -> Trace:
         """Train without validation and callbacks."""
         folder.mkdir(exist_ok=True)
         trace = Trace(folder)
@@ -178,7 +175,7 @@ class Subject:
         self.fit(trainer)
         return trace
 
-    def loop(self, report: Report, folder: Path, reference: Trace) -> Trace:
+    def loop(self, report: Tell, folder: Path, reference: Trace) -> Trace:
         """Train by the plain loop, if the module has one."""
         if self.arguments.get("reload_dataloaders_every_n_epochs"):
             raise NotApplicable("reload_dataloaders_every_n_epochs makes loaders anew, which only a Trainer does")
@@ -218,7 +215,7 @@ class Subject:
             **others,
         )
 
-    def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
+    def ranks(self, report: Tell, folder: Path, precision: str | None) -> Recorded:
         """Train as one of two ranks; every step's batches and weights."""
         recorder = Recorder()
         trainer = self.short_trainer(folder, recorder, precision, devices=RANKS, strategy=self.ddp_strategy())
@@ -227,7 +224,7 @@ class Subject:
         return recorder.recorded
 
     def replay(
-        self, report: Report, folder: Path, epochs: list[list[Any]], length: int, precision: str | None
+        self, report: Tell, folder: Path, epochs: list[list[Any]], length: int, precision: str | None
     ) -> Recorded:
         """Train in one process on given batches."""
         recorder, loader = Recorder(), Replay(epochs, length)
@@ -243,7 +240,7 @@ class Subject:
         return recorder.recorded
 
     def validate(
-        self, report: Report, folder: Path, ranks: int, precision: str | None
+        self, report: Tell, folder: Path, ranks: int, precision: str | None
     ) -> tuple[Counter[str], dict[str, float], bool]:
         """Validate the untrained module as within ``fit``; the samples and metrics of this rank, and if it draws."""
         samples = Samples()

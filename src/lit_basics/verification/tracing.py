@@ -17,6 +17,7 @@ from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
 from lit_basics.finite import are_finite
 from lit_basics.modules import LitSupervised
+from lit_basics.nested import tensors_in
 
 State = dict[str, Tensor]
 
@@ -150,12 +151,11 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
     """Return copies of parameters, buffers and optimizer state, by name."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     held = {**module.state_dict(), **dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: copied(value) for name, value in held.items() if isinstance(value, Tensor)}
+    state = {name: comparable(value) for name, value in held.items() if isinstance(value, Tensor)}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = copied(value)
+            of = names.get(id(parameter), "a parameter")
+            state |= {f"{key} of {of}": comparable(value) for key, value in tensors_in(values)}
     return state
 
 
@@ -164,7 +164,7 @@ def finite(module: torch.nn.Module) -> bool:
     return are_finite(p for p in module.parameters() if p.requires_grad)
 
 
-def copied(value: Tensor) -> Tensor:
+def comparable(value: Tensor) -> Tensor:
     """Return a copy that can be compared: of a sparse tensor, for which ``torch.equal`` is not made, a dense one."""
     value = value.detach()
     return value.clone() if value.layout == torch.strided else value.to_dense()
