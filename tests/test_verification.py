@@ -523,6 +523,58 @@ def test_two_ranks_of_a_loader_without_length():
     assert outcomes(report) == {"ddp": "passed"}, str(report)
 
 
+class DrawsAtTheStart(Plain):
+    def on_train_start(self):
+        self.factor = torch.rand(())
+
+    def on_train_epoch_start(self):
+        self.factor = self.factor + torch.rand(())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor
+
+
+def test_what_hooks_draw_comes_after_the_seed_of_the_first_epochs_loader():
+    """With the loader's iterator made after them, both the factor and the order are others."""
+    report = verify(DrawsAtTheStart(), loader(shuffle=True), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class SumsLosses(Halves):
+    """Weighs the next loss by this one, and by what it is told of each batch."""
+
+    interval, weight = "step", 1.0
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": super().training_step(batch, batch_idx) * self.weight, "size": len(batch[1])}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.weight = 2.0 if batch is None else float(outputs["loss"]) + outputs["size"]
+
+
+def some_none(samples):
+    x, y = map(torch.stack, zip(*samples, strict=True))
+    return None if x[0, 0] > 0 else (x, y)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_are_none_and_the_outputs_of_a_step_are_in_the_plain_loop_too(accumulate):
+    """Else it "needs a Trainer"."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, collate_fn=some_none)
+    assert {batch is None for batch in data} == {True, False}
+    settings = {**EXACT, "accumulate_grad_batches": accumulate}
+    report = verify(SumsLosses(), data, checks=["loop"], steps=8, **settings)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+def test_a_validation_by_the_batches_of_the_whole_run_is_resumed():
+    """With 1 in the place of ``check_val_every_n_epoch=None`` the Trainer refuses an interval beyond an epoch."""
+    data = ResumableDataLoader(TensorDataset(*loader(shuffle=False).dataset[:16]), batch_size=8, shuffle=True)
+    settings = {"val_check_interval": 3, "check_val_every_n_epoch": None, **EXACT}
+    report = verify(Plain(), data, checks=["resume"], steps=9, **settings)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
+
+
 class MadeLater(Plain):
     def __init__(self):
         super().__init__()

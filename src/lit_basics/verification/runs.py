@@ -97,7 +97,8 @@ class Subject:
 
     def trainer(self, folder: Path, steps: int, callbacks: list[pl.Callback], **others: Any) -> pl.Trainer:
         """Return a Trainer for a run that writes into ``folder`` only."""
-        given = {name: value for name, value in self.arguments.items() if value is not None}
+        # there alone None is no default: validation by the batches of the whole run
+        given = {n: v for n, v in self.arguments.items() if v is not None or n == "check_val_every_n_epoch"}
         limit = self.limit(steps)
         interval = given.get("val_check_interval", 1.0)
         if (isinstance(interval, int) and interval > limit) or (isinstance(interval, float) and interval * limit < 1):
