@@ -263,6 +263,109 @@ def test_a_summed_loss_fails_on_two_ranks():
     assert "two ranks differ from one process on the same global batch at step 1: net.0.weight" in report["ddp"].text
 
 
+class LogsTheRate(Plain):
+    def on_validation_epoch_end(self):
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
+
+
+def test_a_validation_that_reads_what_a_fit_has_is_not_counted():
+    """Raised, it is a failure of the ranks."""
+    report = verify(LogsTheRate(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    line = LogsTheRate.on_validation_epoch_end.__code__.co_firstlineno + 1
+    assert f"validation cannot run outside a fit (AttributeError at test_verification.py:{line}" in report["ddp"].text
+
+
+class ScalesTheRate(Plain):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1 * self.trainer.world_size)
+
+
+def test_a_rate_scaled_by_the_number_of_processes_says_nothing_of_ranks():
+    """Else the loss is blamed."""
+    report = verify(ScalesTheRate(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert report["ddp"].text == "the learning rate depends on the number of processes (0.2 on two, 0.1 on one)"
+
+
+class TrainsItself(Plain):
+    def __init__(self):
+        super().__init__(samples=64)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    def on_train_epoch_start(self):
+        self.train()
+
+
+def test_layers_stay_still_on_two_ranks_when_the_module_trains_itself():
+    """Without the ``train`` that does nothing dropout draws, and batch-norm takes each rank's own batch."""
+    report = verify(TrainsItself(), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+def test_data_too_few_for_two_ranks_say_nothing_of_them():
+    """Without the look at the ranks' batches the reason is an IndexError of the replay."""
+    data = DataLoader(TensorDataset(*loader(shuffle=False).dataset[:12]), batch_size=8, shuffle=True, drop_last=True)
+    report = verify(Plain(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert report["ddp"].text == "a rank has no batch: the data are too few for two"
+
+
+class ReadsTheBest(Plain):
+    def on_train_epoch_end(self):
+        callback = self.trainer.checkpoint_callback
+        assert (callback.best_model_path, callback.best_model_score) == ("", None)
+
+
+def test_a_module_that_reads_the_best_checkpoint_gets_verdicts():
+    """Without a checkpoint callback of that face all are failures."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(ReadsTheBest(samples=64), data, checks=["resume", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"resume": "passed", "ddp": "passed"}, str(report)
+
+
+class EndsWithMean(pl.Callback):
+    """Averages the bias over the run, and puts the mean in its place at the end; ``kept`` in the checkpoint."""
+
+    def __init__(self, kept):
+        self.kept, self.sum, self.count = kept, 0.0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.sum, self.count = self.sum + pl_module.net[3].bias.detach().clone(), self.count + 1
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.net[3].bias.data = self.sum / self.count
+
+    def state_dict(self):
+        return {"sum": self.sum, "count": self.count} if self.kept else {}
+
+    def load_state_dict(self, state):
+        self.sum, self.count = state["sum"], state["count"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_run_ends_with_is_compared(kept):
+    """After the steps alone both are "passed"."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    settings = {**EXACT, "callbacks": [RandomState(), EndsWithMean(kept)]}
+    report = verify(Plain(), data, checks=["resume", "kill"], steps=4, **settings)
+    assert outcomes(report) == dict.fromkeys(("resume", "kill"), "passed" if kept else "failed"), str(report)
+    assert kept or "at the end: net.3.bias by" in report["resume"].text
+
+
+def test_a_process_that_has_trained_on_a_gpu_is_refused(monkeypatch):
+    """Its forks cannot train: each check was a failure of autograd's. There are none here with a GPU."""
+
+    def refuse(*_):
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert verify(Plain(), loader(shuffle=False), checks=["loop"], steps=2, **EXACT).passed
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    with pytest.raises(UserError, match="this process has trained already; call verify in a new one, or before"):
+        verify(Plain(), loader(shuffle=False), checks=["loop"], steps=2, **EXACT)
+
+
 class Gentle(Plain):
     """Trains by hardly visible updates, and loses ``lost`` samples of each batch."""
 
@@ -654,7 +757,8 @@ class ForgetsItsEpoch:
 
 def test_several_updates_of_a_batch_are_resumed_at_epochs_ends_too():
     """Ended after as many updates, the run has no second epoch."""
-    report = verify(Manual(3), ForgetsItsEpoch(), checks=["resume"], steps=12, **EXACT)
+    settings = {**EXACT, "limit_train_batches": 4}
+    report = verify(Manual(3), ForgetsItsEpoch(), checks=["resume"], steps=12, **settings)
     assert "8 of 11 resume points differ; the first, resumed after batch4" in report["resume"].text
     data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
     assert verify(Manual(3), data, checks=["resume"], steps=12, **EXACT).passed
@@ -669,6 +773,32 @@ def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
         report["resume"].text
         == "no optimizer step that Lightning counts in epochs of 2 batches; --steps makes them longer"
     )
+
+
+class Keeps:
+    """A loader with a state, whose length nobody knows."""
+
+    position, start = 0, 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for self.position in range(start, 6):
+            yield loader(shuffle=False).dataset[8 * self.position : 8 * self.position + 8]
+
+    def state_dict(self):
+        return {"start": (self.position + 1) % 6}
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+
+
+def test_a_loader_of_which_lightning_takes_a_batch_ahead_proves_nothing():
+    """Our runs, all of a limited length, take none ahead: "passed", and the user's run loses one."""
+    report = verify(Plain(), Keeps(), checks=["resume", "kill"], steps=6, **EXACT)
+    assert outcomes(report) == {"resume": "not applicable", "kill": "not applicable"}, str(report)
+    assert "the training loader (Keeps) has a state and no length" in report["resume"].text
+    report = verify(Plain(), Keeps(), checks=["resume"], steps=6, limit_train_batches=6, **EXACT)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
 
 
 class Saving(Plain):

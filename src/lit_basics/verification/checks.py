@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -135,6 +136,8 @@ def verify(
         tqdm(total=1, desc="verify", unit="run", disable=not progress, leave=False, dynamic_ncols=True) as bar,
     ):
         verification = Verification(subject, Path(folder), bar)
+        if torch.accelerator.is_available():
+            verification.assert_forked_can_train()
         for check in (name for name in CHECKS if name in checks):
             bar.set_description(f"verify: {check}")
             verdict = verification.verdict(check)
@@ -184,6 +187,14 @@ class Verification:
             outcome, text = "failed", f"the run ended in {error}"
         return Verdict(check, outcome, text)
 
+    def assert_forked_can_train(self) -> None:
+        """Refuse a process whose autograd has begun threads, for an accelerator, that its forks are without."""
+        try:
+            self.one(lambda _: torch.autograd.backward(torch.ones(1, requires_grad=True)))
+        except RunError as error:
+            reason = "this process has trained already; call verify in a new one, or before the fit"
+            raise UserError(f"{reason}: {error}") from error
+
     def one(self, work: Work) -> Any:
         """Make one run and return what ``work`` returned there."""
         self.bar.total += 1
@@ -217,6 +228,20 @@ class Verification:
                 )
             self._reference = trace
         return self._reference
+
+    def resumable(self) -> Trace:
+        """Return the reference for runs that resume from it.
+
+        Raises:
+            NotApplicable: If Lightning takes a batch ahead, as it does not in our runs, all of a limited length.
+        """
+        reference = self.reference()
+        if reference.endless and not isinstance(self.subject.arguments.get("limit_train_batches"), int):
+            raise NotApplicable(
+                f"the training loader ({reference.endless}) has a state and no length: Lightning takes one batch ahead "
+                "of it, which a resumed run loses; give the Trainer limit_train_batches, a number"
+            )
+        return reference
 
     def bare(self) -> Trace:
         """Return the trace of a run without validation and callbacks, made at the first call.
@@ -257,7 +282,7 @@ class Verification:
 
     def resume(self) -> str:
         """Resume at every checkpoint of the reference."""
-        reference = self.reference()
+        reference = self.resumable()
         # the last may have been saved twice, at the end of a batch and of an epoch
         points = [path for path in dict.fromkeys(reference.checkpoints) if path != reference.checkpoints[-1]]
         works = [
@@ -322,6 +347,11 @@ class Verification:
             try:
                 validate = partial(self.subject.validate, folder=self.folder, precision=precision)
                 alone, metrics, draws = self.one(partial(validate, ranks=1))
+            except RunError as error:
+                if precision is None:
+                    return f"{equal}; validation cannot run outside a fit ({error}): its samples are not counted"
+                continue
+            try:
                 ranks = self._ranks(partial(validate, ranks=RANKS))
                 break
             except RunError:
@@ -360,6 +390,8 @@ class Verification:
             ranks: list[Recorded] = []
             try:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
+                if not all(rank.epochs and rank.epochs[0] for rank in ranks):
+                    raise NotApplicable("a rank has no batch: the data are too few for two")
                 replay = partial(self.subject.replay, epochs=joined_epochs(ranks), length=ranks[0].length)
                 alone: Recorded = self.one(partial(replay, folder=self.folder, precision=precision))
                 break
@@ -377,13 +409,17 @@ class Verification:
     def _ddp_updates(self) -> tuple[int, int, str | None]:
         ranks, alone, precision = self._joint_runs()
         first, second = (rank.epochs[0] for rank in ranks)
-        if first and tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
+        if tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
         steps, made = len(alone.states), [len(rank.states) for rank in ranks]
         if not (any([steps, *made]) or self.subject.model.automatic_optimization):
             raise NotApplicable(f"no optimizer step in epochs of {RANK_STEPS} batches, of which it makes no more")
         if {steps} != set(made) or not steps:
             raise Failed(f"two ranks made {made} steps, one process {steps}")
+        for rank, rate in zip(ranks[0].rates, alone.rates, strict=False):
+            if not math.isclose(rank, rate, rel_tol=1e-6):
+                both = f"{rank:.6g} on two, {rate:.6g} on one"
+                raise NotApplicable(f"the learning rate depends on the number of processes ({both})")
         return steps, compared_updates(ranks, alone, TOLERANCES[precision]), precision
 
     def _ranks(self, work: Work) -> list[Any]:
@@ -392,7 +428,7 @@ class Verification:
 
     def kill(self) -> str:
         """Kill the run, restart it from its newest checkpoint, and so on, until it comes to its end."""
-        reference = self.reference()
+        reference = self.resumable()
         folder = self.folder / "killed"
         last = folder / "last.ckpt"
         moments: list[int] = []

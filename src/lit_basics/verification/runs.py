@@ -162,10 +162,10 @@ class Subject:
         trace = Trace(folder)
         if manual:
             self.model.automatic_optimization = not self.model.automatic_optimization
-        trainer = self.trainer(
-            folder, self.steps, [*self.callbacks(), Tracer(trace, reference, report=report, **tracer)]
-        )
+        onlooker = Tracer(trace, reference, report=report, **tracer)
+        trainer = self.trainer(folder, self.steps, [*self.callbacks(), onlooker])
         self.fit(trainer, checkpoint)
+        onlooker.look(0, trainer)
         return trace
 
     def bare(self, report: Tell, folder: Path) -> Trace:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -27,14 +28,14 @@ class Difference:
     """The first place where two runs differ."""
 
     step: int
-    """The optimizer step, from 1, after which they do."""
+    """The optimizer step, from 1, after which they do; 0 is the end of the training."""
     name: str
     """The parameter, buffer or optimizer state."""
     largest: float
     """The largest absolute difference of its elements; infinite for another shape."""
 
     def __str__(self) -> str:
-        return f"at step {self.step}: {self.name} by {self.largest:.3g}"
+        return f"{f'at step {self.step}' if self.step else 'at the end'}: {self.name} by {self.largest:.3g}"
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Trace:
     difference: Difference | None = None
     loader: str = ""
     """The class of the training loader that has no state, or ""."""
+    endless: str = ""
+    """The class of the training loader that has a state and no length, or ""."""
 
     def state(self, step: int) -> State:
         """Return the state after a step, as :func:`training_state` returned it."""
@@ -74,10 +77,15 @@ class Trace:
                 return
 
 
-class Tracer(Checkpoint):
-    """Keeps the state after every optimizer step, or compares it with a reference's.
+class Onlooker(Checkpoint):
+    """Comes after all other callbacks, and reads as the user's checkpoint callback does before its first save."""
 
-    A ``Checkpoint``, so that it comes after all other callbacks.
+    best_model_path = last_model_path = ""
+    best_model_score = dirpath = None
+
+
+class Tracer(Onlooker):
+    """Keeps the state after every optimizer step, or compares it with a reference's.
 
     Args:
         trace: What to fill.
@@ -106,6 +114,8 @@ class Tracer(Checkpoint):
         loaders = [loader.loader if isinstance(loader, StepsInBetween) else loader for loader in loaders]
         stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
         self.trace.loader = stateless[0] if stateless else ""
+        endless = [type(one).__name__ for one in loaders if hasattr(one, "state_dict") and sized_len(one) is None]
+        self.trace.endless = endless[0] if endless else ""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -121,13 +131,9 @@ class Tracer(Checkpoint):
         """Keep or compare the state, if an optimizer step was made."""
         if trainer.global_step > self.trace.steps:
             self.trace.steps = trainer.global_step
-            state = training_state(pl_module, trainer.optimizers)
-            if self.reference is None:
-                if not (self.trace.diverged or finite(pl_module)):
-                    self.trace.diverged = self.trace.steps
-                torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
-            else:
-                self.trace.compare(self.trace.steps, state, self.reference)
+            if self.reference is None and not (self.trace.diverged or finite(pl_module)):
+                self.trace.diverged = self.trace.steps
+            self.look(self.trace.steps, trainer)
         # of other modules, Lightning keeps no gradients that are accumulated half-way
         if at_step_boundary(trainer, halfway=isinstance(pl_module, LitSupervised)):
             self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
@@ -135,6 +141,14 @@ class Tracer(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a checkpoint."""
         self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+    def look(self, step: int, trainer: pl.Trainer) -> None:
+        """Keep or compare the state after a step, or, as step 0, at the end."""
+        state = training_state(trainer.lightning_module, trainer.optimizers)
+        if self.reference is None:
+            torch.save(state, self.trace.folder / f"{step}.pt")
+        elif step or self.trace.steps == self.reference.steps:
+            self.trace.compare(step, state, self.reference)
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         path = self.save_to / name if self.save_to else self.last
