@@ -796,7 +796,7 @@ def test_a_loader_of_which_lightning_takes_a_batch_ahead_proves_nothing():
     """Our runs, all of a limited length, take none ahead: "passed", and the user's run loses one."""
     report = verify(Plain(), Keeps(), checks=["resume", "kill"], steps=6, **EXACT)
     assert outcomes(report) == {"resume": "not applicable", "kill": "not applicable"}, str(report)
-    assert "the training loader (Keeps) has a state and no length" in report["resume"].text
+    assert "the training loader has a state and no length" in report["resume"].text
     report = verify(Plain(), Keeps(), checks=["resume"], steps=6, limit_train_batches=6, **EXACT)
     assert outcomes(report) == {"resume": "passed"}, str(report)
 
@@ -1047,7 +1047,7 @@ class ReadsData(Plain):
 
 
 def test_two_ranks_of_a_module_that_needs_its_datamodule_and_changes_its_batches():
-    """Without ``as_for_fit`` FitOnly has no ``val``, without the DataModule ``factor`` is asked of None, and with the
+    """Set up for validation FitOnly has no ``val``, without the DataModule ``factor`` is asked of None, and with the
     transfer hooks the batches of one process are three times as large again."""
     report = verify(ReadsData(), datamodule=FitOnly(), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "passed"}, str(report)

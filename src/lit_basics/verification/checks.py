@@ -136,8 +136,12 @@ def verify(
         tqdm(total=1, desc="verify", unit="run", disable=not progress, leave=False, dynamic_ncols=True) as bar,
     ):
         verification = Verification(subject, Path(folder), bar)
-        if torch.accelerator.is_available():
-            verification.assert_forked_can_train()
+        if torch.accelerator.is_available():  # autograd's threads for it, once begun, leave forks unable to train
+            try:
+                verification.one(lambda _: torch.autograd.backward(torch.ones(1, requires_grad=True)))
+            except RunError as error:
+                reason = "this process has trained already; call verify in a new one, or before the fit"
+                raise UserError(f"{reason}: {error}") from error
         for check in (name for name in CHECKS if name in checks):
             bar.set_description(f"verify: {check}")
             verdict = verification.verdict(check)
@@ -187,14 +191,6 @@ class Verification:
             outcome, text = "failed", f"the run ended in {error}"
         return Verdict(check, outcome, text)
 
-    def assert_forked_can_train(self) -> None:
-        """Refuse a process whose autograd has begun threads, for an accelerator, that its forks are without."""
-        try:
-            self.one(lambda _: torch.autograd.backward(torch.ones(1, requires_grad=True)))
-        except RunError as error:
-            reason = "this process has trained already; call verify in a new one, or before the fit"
-            raise UserError(f"{reason}: {error}") from error
-
     def one(self, work: Work) -> Any:
         """Make one run and return what ``work`` returned there."""
         self.bar.total += 1
@@ -230,16 +226,12 @@ class Verification:
         return self._reference
 
     def resumable(self) -> Trace:
-        """Return the reference for runs that resume from it.
-
-        Raises:
-            NotApplicable: If Lightning takes a batch ahead, as it does not in our runs, all of a limited length.
-        """
+        """Return the reference, if the user's run, whose length is not limited as in ours, takes no batch ahead."""
         reference = self.reference()
-        if reference.endless and not isinstance(self.subject.arguments.get("limit_train_batches"), int):
+        if reference.ahead and not isinstance(self.subject.arguments.get("limit_train_batches"), int):
             raise NotApplicable(
-                f"the training loader ({reference.endless}) has a state and no length: Lightning takes one batch ahead "
-                "of it, which a resumed run loses; give the Trainer limit_train_batches, a number"
+                "the training loader has a state and no length: Lightning takes one batch ahead of it, which a resumed "
+                "run loses; a whole number as limit_train_batches prevents it"
             )
         return reference
 
@@ -251,7 +243,7 @@ class Verification:
         """
         if self._bare is None:
             try:
-                self._bare = self.one(partial(self.subject.bare, folder=self.folder / "bare"))
+                self._bare = self.one(partial(self.subject.trace, folder=self.folder / "bare", bare=True))
             except RunError as error:
                 self.reference()
                 raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
@@ -344,17 +336,15 @@ class Verification:
         if isinstance(self.subject.arguments.get("limit_val_batches"), int):
             return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
         for precision in dict.fromkeys((trained, None)):  # what trains may not validate in float64
+            validate = partial(self.subject.validate, folder=self.folder, precision=precision)
+            alone: Any = None
             try:
-                validate = partial(self.subject.validate, folder=self.folder, precision=precision)
                 alone, metrics, draws = self.one(partial(validate, ranks=1))
-            except RunError as error:
-                if precision is None:
-                    return f"{equal}; validation cannot run outside a fit ({error}): its samples are not counted"
-                continue
-            try:
                 ranks = self._ranks(partial(validate, ranks=RANKS))
                 break
-            except RunError:
+            except RunError as error:
+                if precision is None and alone is None:
+                    return f"{equal}; validation cannot run outside a fit ({error}): its samples are not counted"
                 if precision is None:
                     raise
         seen = ranks[0][0] + ranks[1][0]
@@ -434,16 +424,9 @@ class Verification:
         moments: list[int] = []
         compared = 0
         for _ in range(10 * KILLS):
-            run = Run(
-                partial(
-                    self.subject.trace,
-                    folder=folder,
-                    reference=reference,
-                    checkpoint=last if last.exists() else None,
-                    last=last,
-                ),
-                self.log,
-            )
+            newest = last if last.exists() else None
+            work = partial(self.subject.trace, folder=folder, reference=reference, checkpoint=newest, last=last)
+            run = Run(work, self.log)
             self.bar.total += 1
             first, last_step = (reference.steps * (len(moments) + i) // (KILLS + 1) for i in (0, 1))
             moment = random.SystemRandom().randint(first + 1, max(first + 1, last_step))
@@ -502,18 +485,17 @@ def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -
             for other in others:
                 compared += 1
                 largest = largest_difference(other.get(name), value)
-                if largest > allowed and alone.draws:
-                    raise NotApplicable(
-                        "the step draws random numbers, which differ from rank to rank by intent: two ranks "
-                        f"differ from one process {Difference(step, name, largest)}"
-                    )
-                if largest > allowed:
-                    raise Failed(
-                        f"two ranks differ from one process on the same global batch "
-                        f"{Difference(step, name, largest)}; a loss that is not the mean over its batch, or a "
-                        "layer that looks at the whole batch, would do that (or batches that cannot be put "
-                        "together along their first dimension)"
-                    )
+                if largest <= allowed:
+                    continue
+                found = Difference(step, name, largest)
+                if alone.draws:
+                    draws = "the step draws random numbers, which differ from rank to rank by intent"
+                    raise NotApplicable(f"{draws}: two ranks differ from one process {found}")
+                raise Failed(
+                    f"two ranks differ from one process on the same global batch {found}; a loss that is not the mean "
+                    "over its batch, or a layer that looks at the whole batch, would do that (or batches that cannot "
+                    "be put together along their first dimension)"
+                )
     if not compared:
         raise Failed("there was nothing to compare: the module has no parameters")
     assert_finite(alone.diverged)
@@ -526,8 +508,8 @@ def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -
 
 def same_metric(value: float, expected: float) -> bool:
     """Return whether two values of a metric are the same, but for rounding; NaN is the same as NaN."""
-    close = abs(value - expected) <= METRIC_TOLERANCE * max(1.0, abs(expected))
-    return close or value == expected or (math.isnan(value) and math.isnan(expected))
+    close = math.isclose(value, expected, rel_tol=METRIC_TOLERANCE, abs_tol=METRIC_TOLERANCE)
+    return close or (math.isnan(value) and math.isnan(expected))
 
 
 def assert_same_length(trace: Trace, reference: Trace) -> None:

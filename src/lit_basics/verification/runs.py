@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +131,6 @@ class Subject:
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
-    def callbacks(self) -> list[pl.Callback]:
-        """Return the user's callbacks, without those that put something out."""
-        return without(self.arguments.get("callbacks") or [], *OUTPUT)
-
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
         """Train; from a checkpoint if there is one."""
         trainer.fit(
@@ -155,25 +150,20 @@ class Subject:
         *,
         checkpoint: Path | None = None,
         manual: bool = False,
+        bare: bool = False,
         **tracer: Any,
     ) -> Trace:
-        """Train as the user does, with a tracer; return its trace."""
+        """Train as the user does, ``bare`` without validation and callbacks, with a tracer; return its trace."""
         folder.mkdir(exist_ok=True)
         trace = Trace(folder)
         if manual:
             self.model.automatic_optimization = not self.model.automatic_optimization
         onlooker = Tracer(trace, reference, report=report, **tracer)
-        trainer = self.trainer(folder, self.steps, [*self.callbacks(), onlooker])
+        others = {"limit_val_batches": 0, "num_sanity_val_steps": 0} if bare else {}
+        callbacks = [] if bare else without(self.arguments.get("callbacks") or [], *OUTPUT)
+        trainer = self.trainer(folder, self.steps, [*callbacks, onlooker], **others)
         self.fit(trainer, checkpoint)
         onlooker.look(0, trainer)
-        return trace
-
-    def bare(self, report: Tell, folder: Path) -> Trace:
-        """Train without validation and callbacks."""
-        folder.mkdir(exist_ok=True)
-        trace = Trace(folder)
-        trainer = self.trainer(folder, self.steps, [Tracer(trace)], limit_val_batches=0, num_sanity_val_steps=0)
-        self.fit(trainer)
         return trace
 
     def loop(self, report: Tell, folder: Path, reference: Trace) -> Trace:
@@ -252,7 +242,8 @@ class Subject:
         self.double_odd_batches()
         loads = [owner for owner in self.owners() if is_overridden("val_dataloader", owner)]
         for owner in loads[-1:]:  # the DataModule's wins
-            owner.setup = partial(as_for_fit, owner.setup)  # type: ignore[method-assign]
+            # as a fit does: a DataModule may prepare its validation in that stage only
+            owner.setup = lambda stage, setup=owner.setup: setup("fit")  # type: ignore[misc,method-assign]
         trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return samples.seen, metrics, samples.draws
@@ -275,11 +266,6 @@ class Subject:
         size = getattr(self.datamodule, "batch_size", None)
         if isinstance(size, int) and size % RANKS:
             self.datamodule.batch_size = size * RANKS  # type: ignore[union-attr]
-
-
-def as_for_fit(setup: Callable[..., None], stage: str) -> None:
-    """Call ``setup`` as a fit does, whose validation a DataModule may prepare in that stage only."""
-    setup("fit")
 
 
 def without(values: Any, *kinds: type) -> list[Any]:

@@ -56,19 +56,14 @@ class Trace:
     difference: Difference | None = None
     loader: str = ""
     """The class of the training loader that has no state, or ""."""
-    endless: str = ""
-    """The class of the training loader that has a state and no length, or ""."""
-
-    def state(self, step: int) -> State:
-        """Return the state after a step, as :func:`training_state` returned it."""
-        state: State = torch.load(self.folder / f"{step}.pt", weights_only=True)
-        return state
+    ahead: bool = False
+    """Whether a training loader has a state and no length."""
 
     def compare(self, step: int, state: State, reference: "Trace") -> None:
         """Compare the state after a step with the reference's, and keep the first difference."""
         if self.difference is not None or step > reference.steps:
             return
-        expected = reference.state(step)
+        expected: State = torch.load(reference.folder / f"{step}.pt", weights_only=True)
         for name in [*expected, *(name for name in state if name not in expected)]:
             self.compared += 1
             largest = largest_difference(state.get(name), expected.get(name))
@@ -114,8 +109,7 @@ class Tracer(Onlooker):
         loaders = [loader.loader if isinstance(loader, StepsInBetween) else loader for loader in loaders]
         stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
         self.trace.loader = stateless[0] if stateless else ""
-        endless = [type(one).__name__ for one in loaders if hasattr(one, "state_dict") and sized_len(one) is None]
-        self.trace.endless = endless[0] if endless else ""
+        self.trace.ahead = any(hasattr(loader, "state_dict") and sized_len(loader) is None for loader in loaders)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -230,12 +224,11 @@ def tensors_of(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
 
     def add(value: Tensor) -> Tensor:
-        if value.ndim:
-            found.append(value)
+        found.append(value)
         return value
 
     apply_to_collection(batch, Tensor, add)
-    return found
+    return [value for value in found if value.ndim]
 
 
 def random_digest() -> str:
