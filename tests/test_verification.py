@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -44,7 +46,8 @@ from lit_basics import (
     verify,
 )
 from lit_basics.cli import main
-from lit_basics.verification.tracing import largest_difference
+from lit_basics.verification.forks import run_all
+from lit_basics.verification.tracing import largest_difference, training_state
 
 EXACT = {"callbacks": [RandomState()], "plugins": [DurableCheckpointIO()], "progress": False}
 
@@ -106,6 +109,36 @@ NAN, INF = float("nan"), float("inf")
 def test_largest_difference(value, expected, largest):
     """Complex numbers by both their parts; what is NaN, or the same infinity, in both does not differ."""
     assert largest_difference(torch.tensor(value), torch.tensor(expected)) == largest
+
+
+def test_tensors_in_lists_of_an_optimizers_state_are_compared():
+    """LBFGS keeps its history in lists."""
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert {"d of weight", "old_dirs[0] of weight", "old_stps[0] of weight"} <= training_state(net, [optimizer]).keys()
+
+
+def test_a_rank_that_cannot_start_ends_the_others(tmp_path):
+    """Started outside the ``try``, the first stays. File descriptors are left for the start of one process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0) for _ in range(8)]
+    for descriptor in taken:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            run_all([lambda _: time.sleep(60)] * 2, tmp_path / "log", lambda: None, [{"RANK": "0"}, {"RANK": "1"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert multiprocessing.active_children() == []
 
 
 def test_our_own_module_passes_every_check():
@@ -228,6 +261,109 @@ def test_a_metric_that_is_undefined_everywhere_is_the_same():
 def test_a_summed_loss_fails_on_two_ranks():
     report = verify(Plain(samples=64, reduction="sum"), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert "two ranks differ from one process on the same global batch at step 1: net.0.weight" in report["ddp"].text
+
+
+class LogsTheRate(Plain):
+    def on_validation_epoch_end(self):
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
+
+
+def test_a_validation_that_reads_what_a_fit_has_is_not_counted():
+    """Raised, it is a failure of the ranks."""
+    report = verify(LogsTheRate(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    line = LogsTheRate.on_validation_epoch_end.__code__.co_firstlineno + 1
+    assert f"validation cannot run outside a fit (AttributeError at test_verification.py:{line}" in report["ddp"].text
+
+
+class ScalesTheRate(Plain):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1 * self.trainer.world_size)
+
+
+def test_a_rate_scaled_by_the_number_of_processes_says_nothing_of_ranks():
+    """Else the loss is blamed."""
+    report = verify(ScalesTheRate(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert report["ddp"].text == "the learning rate depends on the number of processes (0.2 on two, 0.1 on one)"
+
+
+class TrainsItself(Plain):
+    def __init__(self):
+        super().__init__(samples=64)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    def on_train_epoch_start(self):
+        self.train()
+
+
+def test_layers_stay_still_on_two_ranks_when_the_module_trains_itself():
+    """Without the ``train`` that does nothing dropout draws, and batch-norm takes each rank's own batch."""
+    report = verify(TrainsItself(), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+
+
+def test_data_too_few_for_two_ranks_say_nothing_of_them():
+    """Without the look at the ranks' batches the reason is an IndexError of the replay."""
+    data = DataLoader(TensorDataset(*loader(shuffle=False).dataset[:12]), batch_size=8, shuffle=True, drop_last=True)
+    report = verify(Plain(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert report["ddp"].text == "a rank has no batch: the data are too few for two"
+
+
+class ReadsTheBest(Plain):
+    def on_train_epoch_end(self):
+        callback = self.trainer.checkpoint_callback
+        assert (callback.best_model_path, callback.best_model_score) == ("", None)
+
+
+def test_a_module_that_reads_the_best_checkpoint_gets_verdicts():
+    """Without a checkpoint callback of that face all are failures."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(ReadsTheBest(samples=64), data, checks=["resume", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"resume": "passed", "ddp": "passed"}, str(report)
+
+
+class EndsWithMean(pl.Callback):
+    """Averages the bias over the run, and puts the mean in its place at the end; ``kept`` in the checkpoint."""
+
+    def __init__(self, kept):
+        self.kept, self.sum, self.count = kept, 0.0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.sum, self.count = self.sum + pl_module.net[3].bias.detach().clone(), self.count + 1
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.net[3].bias.data = self.sum / self.count
+
+    def state_dict(self):
+        return {"sum": self.sum, "count": self.count} if self.kept else {}
+
+    def load_state_dict(self, state):
+        self.sum, self.count = state["sum"], state["count"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_run_ends_with_is_compared(kept):
+    """After the steps alone both are "passed"."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    settings = {**EXACT, "callbacks": [RandomState(), EndsWithMean(kept)]}
+    report = verify(Plain(), data, checks=["resume", "kill"], steps=4, **settings)
+    assert outcomes(report) == dict.fromkeys(("resume", "kill"), "passed" if kept else "failed"), str(report)
+    assert kept or "at the end: net.3.bias by" in report["resume"].text
+
+
+def test_a_process_that_has_trained_on_a_gpu_is_refused(monkeypatch):
+    """Its forks cannot train: each check was a failure of autograd's. There are none here with a GPU."""
+
+    def refuse(*_):
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert verify(Plain(), loader(shuffle=False), checks=["loop"], steps=2, **EXACT).passed
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    with pytest.raises(UserError, match="this process has trained already; call verify in a new one, or before"):
+        verify(Plain(), loader(shuffle=False), checks=["loop"], steps=2, **EXACT)
 
 
 class Gentle(Plain):
@@ -490,6 +626,58 @@ def test_two_ranks_of_a_loader_without_length():
     assert outcomes(report) == {"ddp": "passed"}, str(report)
 
 
+class DrawsAtTheStart(Plain):
+    def on_train_start(self):
+        self.factor = torch.rand(())
+
+    def on_train_epoch_start(self):
+        self.factor = self.factor + torch.rand(())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factor
+
+
+def test_what_hooks_draw_comes_after_the_seed_of_the_first_epochs_loader():
+    """With the loader's iterator made after them, both the factor and the order are others."""
+    report = verify(DrawsAtTheStart(), loader(shuffle=True), checks=["loop"], steps=6, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class SumsLosses(Halves):
+    """Weighs the next loss by this one, and by what it is told of each batch."""
+
+    interval, weight = "step", 1.0
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": super().training_step(batch, batch_idx) * self.weight, "size": len(batch[1])}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.weight = 2.0 if batch is None else float(outputs["loss"]) + outputs["size"]
+
+
+def some_none(samples):
+    x, y = map(torch.stack, zip(*samples, strict=True))
+    return None if x[0, 0] > 0 else (x, y)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_are_none_and_the_outputs_of_a_step_are_in_the_plain_loop_too(accumulate):
+    """Else it "needs a Trainer"."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, collate_fn=some_none)
+    assert {batch is None for batch in data} == {True, False}
+    settings = {**EXACT, "accumulate_grad_batches": accumulate}
+    report = verify(SumsLosses(), data, checks=["loop"], steps=8, **settings)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+def test_a_validation_by_the_batches_of_the_whole_run_is_resumed():
+    """With 1 in the place of ``check_val_every_n_epoch=None`` the Trainer refuses an interval beyond an epoch."""
+    data = ResumableDataLoader(TensorDataset(*loader(shuffle=False).dataset[:16]), batch_size=8, shuffle=True)
+    settings = {"val_check_interval": 3, "check_val_every_n_epoch": None, **EXACT}
+    report = verify(Plain(), data, checks=["resume"], steps=9, **settings)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
+
+
 class MadeLater(Plain):
     def __init__(self):
         super().__init__()
@@ -569,7 +757,8 @@ class ForgetsItsEpoch:
 
 def test_several_updates_of_a_batch_are_resumed_at_epochs_ends_too():
     """Ended after as many updates, the run has no second epoch."""
-    report = verify(Manual(3), ForgetsItsEpoch(), checks=["resume"], steps=12, **EXACT)
+    settings = {**EXACT, "limit_train_batches": 4}
+    report = verify(Manual(3), ForgetsItsEpoch(), checks=["resume"], steps=12, **settings)
     assert "8 of 11 resume points differ; the first, resumed after batch4" in report["resume"].text
     data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
     assert verify(Manual(3), data, checks=["resume"], steps=12, **EXACT).passed
@@ -584,6 +773,32 @@ def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
         report["resume"].text
         == "no optimizer step that Lightning counts in epochs of 2 batches; --steps makes them longer"
     )
+
+
+class Keeps:
+    """A loader with a state, whose length nobody knows."""
+
+    position, start = 0, 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for self.position in range(start, 6):
+            yield loader(shuffle=False).dataset[8 * self.position : 8 * self.position + 8]
+
+    def state_dict(self):
+        return {"start": (self.position + 1) % 6}
+
+    def load_state_dict(self, state):
+        self.start = state["start"]
+
+
+def test_a_loader_of_which_lightning_takes_a_batch_ahead_proves_nothing():
+    """Our runs, all of a limited length, take none ahead: "passed", and the user's run loses one."""
+    report = verify(Plain(), Keeps(), checks=["resume", "kill"], steps=6, **EXACT)
+    assert outcomes(report) == {"resume": "not applicable", "kill": "not applicable"}, str(report)
+    assert "the training loader has a state and no length" in report["resume"].text
+    report = verify(Plain(), Keeps(), checks=["resume"], steps=6, limit_train_batches=6, **EXACT)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
 
 
 class Saving(Plain):
@@ -832,7 +1047,7 @@ class ReadsData(Plain):
 
 
 def test_two_ranks_of_a_module_that_needs_its_datamodule_and_changes_its_batches():
-    """Without ``as_for_fit`` FitOnly has no ``val``, without the DataModule ``factor`` is asked of None, and with the
+    """Set up for validation FitOnly has no ``val``, without the DataModule ``factor`` is asked of None, and with the
     transfer hooks the batches of one process are three times as large again."""
     report = verify(ReadsData(), datamodule=FitOnly(), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "passed"}, str(report)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
-from lit_basics.verification.forks import Run, RunError, run_all, run_together
+from lit_basics.verification.forks import Run, RunError, Work, run_all
 from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
 from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
 from lit_basics.verification.runs import RANK_STEPS, Subject
@@ -135,6 +136,12 @@ def verify(
         tqdm(total=1, desc="verify", unit="run", disable=not progress, leave=False, dynamic_ncols=True) as bar,
     ):
         verification = Verification(subject, Path(folder), bar)
+        if torch.accelerator.is_available():  # autograd's threads for it, once begun, leave forks unable to train
+            try:
+                verification.one(lambda _: torch.autograd.backward(torch.ones(1, requires_grad=True)))
+            except RunError as error:
+                reason = "this process has trained already; call verify in a new one, or before the fit"
+                raise UserError(f"{reason}: {error}") from error
         for check in (name for name in CHECKS if name in checks):
             bar.set_description(f"verify: {check}")
             verdict = verification.verdict(check)
@@ -184,7 +191,7 @@ class Verification:
             outcome, text = "failed", f"the run ended in {error}"
         return Verdict(check, outcome, text)
 
-    def one(self, work: Callable[[Callable[[int], None]], Any]) -> Any:
+    def one(self, work: Work) -> Any:
         """Make one run and return what ``work`` returned there."""
         self.bar.total += 1
         (run,) = run_all([work], self.log, self.bar.update)
@@ -218,6 +225,16 @@ class Verification:
             self._reference = trace
         return self._reference
 
+    def resumable(self) -> Trace:
+        """Return the reference, if the user's run, whose length is not limited as in ours, takes no batch ahead."""
+        reference = self.reference()
+        if reference.ahead and not isinstance(self.subject.arguments.get("limit_train_batches"), int):
+            raise NotApplicable(
+                "the training loader has a state and no length: Lightning takes one batch ahead of it, which a resumed "
+                "run loses; a whole number as limit_train_batches prevents it"
+            )
+        return reference
+
     def bare(self) -> Trace:
         """Return the trace of a run without validation and callbacks, made at the first call.
 
@@ -226,7 +243,7 @@ class Verification:
         """
         if self._bare is None:
             try:
-                self._bare = self.one(partial(self.subject.bare, folder=self.folder / "bare"))
+                self._bare = self.one(partial(self.subject.trace, folder=self.folder / "bare", bare=True))
             except RunError as error:
                 self.reference()
                 raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
@@ -257,7 +274,7 @@ class Verification:
 
     def resume(self) -> str:
         """Resume at every checkpoint of the reference."""
-        reference = self.reference()
+        reference = self.resumable()
         # the last may have been saved twice, at the end of a batch and of an epoch
         points = [path for path in dict.fromkeys(reference.checkpoints) if path != reference.checkpoints[-1]]
         works = [
@@ -319,12 +336,15 @@ class Verification:
         if isinstance(self.subject.arguments.get("limit_val_batches"), int):
             return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
         for precision in dict.fromkeys((trained, None)):  # what trains may not validate in float64
+            validate = partial(self.subject.validate, folder=self.folder, precision=precision)
+            alone: Any = None
             try:
-                validate = partial(self.subject.validate, folder=self.folder, precision=precision)
                 alone, metrics, draws = self.one(partial(validate, ranks=1))
                 ranks = self._ranks(partial(validate, ranks=RANKS))
                 break
-            except RunError:
+            except RunError as error:
+                if precision is None and alone is None:
+                    return f"{equal}; validation cannot run outside a fit ({error}): its samples are not counted"
                 if precision is None:
                     raise
         seen = ranks[0][0] + ranks[1][0]
@@ -354,21 +374,17 @@ class Verification:
                     )
         return f"{equal}; {counted}"
 
-    def _ddp_updates(self) -> tuple[int, int, str | None]:
-        for precision, tolerance in TOLERANCES.items():  # noqa: B007  # the one that the break leaves is used below
+    def _joint_runs(self) -> tuple[list[Recorded], Recorded, str | None]:
+        """Train on two ranks, and in one process on their batches put together; in float64 where that can be."""
+        for precision in TOLERANCES:
             ranks: list[Recorded] = []
             try:
                 ranks = self._ranks(partial(self.subject.ranks, folder=self.folder, precision=precision))
-                epochs = joined_epochs(ranks)
-                alone: Recorded = self.one(
-                    partial(
-                        self.subject.replay,
-                        folder=self.folder,
-                        epochs=epochs,
-                        length=ranks[0].length,
-                        precision=precision,
-                    )
-                )
+                if not all(rank.epochs and rank.epochs[0] for rank in ranks):
+                    raise NotApplicable("a rank has no batch: the data are too few for two")
+                replay = partial(self.subject.replay, epochs=joined_epochs(ranks), length=ranks[0].length)
+                alone: Recorded = self.one(partial(replay, folder=self.folder, precision=precision))
+                break
             except RunError as error:
                 if precision is None:
                     self.bare()
@@ -378,70 +394,39 @@ class Verification:
                         what = "one process cannot take the ranks' batches put together"
                         raise NotApplicable(f"{what}: {error}") from error
                     raise
-                continue  # it cannot train in float64
-            break
+        return ranks, alone, precision
+
+    def _ddp_updates(self) -> tuple[int, int, str | None]:
+        ranks, alone, precision = self._joint_runs()
         first, second = (rank.epochs[0] for rank in ranks)
-        if first and tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
+        if tensors_of(first[0]) and digest(first[0]) == digest(second[0]):
             raise Failed("both ranks train on the same batches: share the samples out by rank")
         steps, made = len(alone.states), [len(rank.states) for rank in ranks]
         if not (any([steps, *made]) or self.subject.model.automatic_optimization):
             raise NotApplicable(f"no optimizer step in epochs of {RANK_STEPS} batches, of which it makes no more")
         if {steps} != set(made) or not steps:
             raise Failed(f"two ranks made {made} steps, one process {steps}")
-        compared, update = 0, 0.0
-        for step, (expected, *others) in enumerate(zip(alone.states, *(rank.states for rank in ranks), strict=True), 1):
-            moved = {n: largest_difference(expected[n], before) for n, before in alone.initial.items() if n in expected}
-            update = max([update, *moved.values()])
-            for name, value in expected.items():
-                allowed = tolerance * update + rounding(value, step)
-                for other in others:
-                    compared += 1
-                    largest = largest_difference(other.get(name), value)
-                    if largest > allowed and alone.draws:
-                        raise NotApplicable(
-                            "the step draws random numbers, which differ from rank to rank by intent: two ranks "
-                            f"differ from one process {Difference(step, name, largest)}"
-                        )
-                    if largest > allowed:
-                        raise Failed(
-                            f"two ranks differ from one process on the same global batch "
-                            f"{Difference(step, name, largest)}; a loss that is not the mean over its batch, or a "
-                            "layer that looks at the whole batch, would do that (or batches that cannot be put "
-                            "together along their first dimension)"
-                        )
-        if not compared:
-            raise Failed("there was nothing to compare: the module has no parameters")
-        assert_finite(alone.diverged)
-        if not any(TELLING * moved[name] > rounding(alone.states[-1][name], steps) for name in moved):
-            raise NotApplicable(
-                f"in {steps} steps no weight moves by more than {update:.3g}: rounding would hide a fault"
-            )
-        return steps, compared, precision
+        for rank, rate in zip(ranks[0].rates, alone.rates, strict=False):
+            if not math.isclose(rank, rate, rel_tol=1e-6):
+                both = f"{rank:.6g} on two, {rate:.6g} on one"
+                raise NotApplicable(f"the learning rate depends on the number of processes ({both})")
+        return steps, compared_updates(ranks, alone, TOLERANCES[precision]), precision
 
-    def _ranks(self, work: Callable[[Callable[[int], None]], Any]) -> list[Any]:
+    def _ranks(self, work: Work) -> list[Any]:
         self.bar.total += RANKS
-        results = run_together([work] * RANKS, self.log, environments())
-        self.bar.update(RANKS)
-        return list(results)
+        return [run.result() for run in run_all([work] * RANKS, self.log, self.bar.update, environments())]
 
     def kill(self) -> str:
         """Kill the run, restart it from its newest checkpoint, and so on, until it comes to its end."""
-        reference = self.reference()
+        reference = self.resumable()
         folder = self.folder / "killed"
         last = folder / "last.ckpt"
         moments: list[int] = []
         compared = 0
         for _ in range(10 * KILLS):
-            run = Run(
-                partial(
-                    self.subject.trace,
-                    folder=folder,
-                    reference=reference,
-                    checkpoint=last if last.exists() else None,
-                    last=last,
-                ),
-                self.log,
-            )
+            newest = last if last.exists() else None
+            work = partial(self.subject.trace, folder=folder, reference=reference, checkpoint=newest, last=last)
+            run = Run(work, self.log)
             self.bar.total += 1
             first, last_step = (reference.steps * (len(moments) + i) // (KILLS + 1) for i in (0, 1))
             moment = random.SystemRandom().randint(first + 1, max(first + 1, last_step))
@@ -489,10 +474,42 @@ def joined_epochs(ranks: list[Recorded]) -> list[list[Any]]:
         raise NotApplicable(f"the ranks' batches cannot be put together into one: {first_line(error)}") from error
 
 
+def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -> int:
+    """Compare the ranks' states after each step with one process's; return how many comparisons that were."""
+    compared, update = 0, 0.0
+    for step, (expected, *others) in enumerate(zip(alone.states, *(rank.states for rank in ranks), strict=True), 1):
+        moved = {n: largest_difference(expected[n], before) for n, before in alone.initial.items() if n in expected}
+        update = max([update, *moved.values()])
+        for name, value in expected.items():
+            allowed = tolerance * update + rounding(value, step)
+            for other in others:
+                compared += 1
+                largest = largest_difference(other.get(name), value)
+                if largest <= allowed:
+                    continue
+                found = Difference(step, name, largest)
+                if alone.draws:
+                    draws = "the step draws random numbers, which differ from rank to rank by intent"
+                    raise NotApplicable(f"{draws}: two ranks differ from one process {found}")
+                raise Failed(
+                    f"two ranks differ from one process on the same global batch {found}; a loss that is not the mean "
+                    "over its batch, or a layer that looks at the whole batch, would do that (or batches that cannot "
+                    "be put together along their first dimension)"
+                )
+    if not compared:
+        raise Failed("there was nothing to compare: the module has no parameters")
+    assert_finite(alone.diverged)
+    if not any(TELLING * moved[name] > rounding(alone.states[-1][name], len(alone.states)) for name in moved):
+        raise NotApplicable(
+            f"in {len(alone.states)} steps no weight moves by more than {update:.3g}: rounding would hide a fault"
+        )
+    return compared
+
+
 def same_metric(value: float, expected: float) -> bool:
     """Return whether two values of a metric are the same, but for rounding; NaN is the same as NaN."""
-    close = abs(value - expected) <= METRIC_TOLERANCE * max(1.0, abs(expected))
-    return close or value == expected or (math.isnan(value) and math.isnan(expected))
+    close = math.isclose(value, expected, rel_tol=METRIC_TOLERANCE, abs_tol=METRIC_TOLERANCE)
+    return close or (math.isnan(value) and math.isnan(expected))
 
 
 def assert_same_length(trace: Trace, reference: Trace) -> None:

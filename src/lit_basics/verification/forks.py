@@ -19,14 +19,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from lit_basics.errors import where
 
-T = TypeVar("T")
-Work = Callable[[Callable[[int], None]], T]
+Work = Callable[[Callable[[int], None]], Any]
 """What a process does; it is given a function that reports a step to the parent."""
 
 
@@ -53,7 +52,7 @@ class Run:
         environment: Further environment variables of the process.
     """
 
-    def __init__(self, work: Work[Any], log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, work: Work, log: Path, environment: dict[str, str] | None = None) -> None:
         context = multiprocessing.get_context("fork")
         state = random.getstate()  # Python draws a new one in a forked process
         self.connection, theirs = context.Pipe(duplex=False)
@@ -105,60 +104,41 @@ class Run:
                 pass
 
 
-def run_all(works: Sequence[Work[T]], log: Path, done: Callable[[], None]) -> list[Run]:
+def run_all(
+    works: Sequence[Work], log: Path, done: Callable[[], None], environments: Sequence[dict[str, str]] = ()
+) -> list[Run]:
     """Run all ``works``, as many at once as there are cores, and return their runs.
 
     Args:
         works: As for :class:`Run`.
         log: Where their output goes.
         done: Called whenever one has ended.
+        environments: Of the ranks of one job, which run all at once; one that fails ends the others.
+
+    Raises:
+        RunError: If a rank failed.
     """
-    waiting = list(works)
     runs: list[Run] = []
     live: list[Run] = []
     try:
-        while waiting or live:
-            while waiting and len(live) < len(os.sched_getaffinity(0)):
-                runs.append(Run(waiting.pop(0), log))
+        while len(runs) < len(works) or live:
+            while len(runs) < len(works) and len(live) < (len(environments) or len(os.sched_getaffinity(0))):
+                runs.append(Run(works[len(runs)], log, environments[len(runs)] if environments else None))
                 live.append(runs[-1])
-            for run in _ready(live):
+            ready = wait([run.connection for run in live])
+            for run in [run for run in live if run.connection in ready]:
                 if not run.receive():
                     live.remove(run)
                     done()
+                    if environments:
+                        run.result()
     finally:
         for run in live:
             run.kill()
     return runs
 
 
-def run_together(works: Sequence[Work[T]], log: Path, environments: list[dict[str, str]]) -> list[T]:
-    """Run ``works`` as the ranks of one job and return their results.
-
-    Raises:
-        RunError: If one of them failed; the others are ended.
-    """
-    live = [Run(work, log, environment) for work, environment in zip(works, environments, strict=True)]
-    runs = list(live)
-    try:
-        while live:
-            for run in _ready(live):
-                if not run.receive():
-                    live.remove(run)
-                    run.result()
-    finally:
-        for run in live:
-            run.kill()
-    return [run.result() for run in runs]
-
-
-def _ready(runs: list[Run]) -> list[Run]:
-    ready = wait([run.connection for run in runs])
-    return [run for run in runs if run.connection in ready]
-
-
-def _child(
-    work: Work[Any], connection: Connection, log: Path, environment: dict[str, str], state: tuple[Any, ...]
-) -> None:
+def _child(work: Work, connection: Connection, log: Path, environment: dict[str, str], state: tuple[Any, ...]) -> None:
     with log.open("a") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)

@@ -84,6 +84,7 @@ def plain_loop(
         raise NotApplicable("training_step draws its batches itself (dataloader_iter)")
     counters = counting(module)
     hook(module, "on_fit_start")
+    iter(loader)  # before the hooks, as the Trainer's first: a DataLoader draws a seed for it
     hook(module, "on_train_start")
     done = epoch = number = 0
     while done < steps:
@@ -91,17 +92,27 @@ def plain_loop(
         set_epoch(loader, epoch)
         hook(module, "on_train_epoch_start")
         length = epoch_length(loader, batches)
-        for batch, index, _ in islice(loader, length):
+        if epoch:
+            iter(loader)
+        for batch, index, _ in islice(iter(partial(next, loader, None), None), length):
             batch = transferred(batch, module, datamodule, dtype)
-            before_batch(number, batch)
             number += 1
             over = index + 1 == length  # else Lightning does not know, as of a loader without a length
+            stepping = (index + 1) % accumulate == 0 or over
+            if batch is None:  # Lightning passes over it
+                if stepping:
+                    update(schedulers, "step", index)
+                hook(module, "on_train_batch_end", None, batch, index)
+                continue
+            before_batch(number - 1, batch)
             if hook(module, "on_train_batch_start", batch, index) == -1:
                 over = True
                 update(schedulers, "step", index)  # as Lightning does
                 break
 
-            def backward(index: int = index, batch: Any = batch) -> Any:
+            outputs: dict[str, Any] = {}
+
+            def backward(index: int = index, batch: Any = batch, outputs: dict[str, Any] = outputs) -> Any:
                 with forward_context(precision):
                     output = step_of(*(batch, index)[: len(parameters)])
                 loss = output["loss"] if isinstance(output, dict) else output
@@ -110,12 +121,14 @@ def plain_loop(
                         hook(module, "on_before_zero_grad", optimizer)
                         optimizer.zero_grad()
                 if loss is not None:
+                    loss = loss / accumulate
                     hook(module, "on_before_backward", loss)
-                    (loss / accumulate).backward()
+                    loss.backward()
                     hook(module, "on_after_backward")
+                    outputs.update(output if isinstance(output, dict) else {}, loss=loss.detach())
                 return loss
 
-            if (index + 1) % accumulate == 0 or over:
+            if stepping:
                 for optimizer in optimizers:
 
                     def closure(optimizer: Any = optimizer, backward: Any = backward) -> Any:
@@ -128,7 +141,7 @@ def plain_loop(
                 after_step(done, optimizers)
             else:
                 backward()
-            hook(module, "on_train_batch_end", None, batch, index)
+            hook(module, "on_train_batch_end", outputs, batch, index)
             if done == steps:
                 return
         hook(module, "on_train_epoch_end")

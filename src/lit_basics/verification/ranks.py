@@ -1,18 +1,18 @@
 """Two processes beside one: the same update from the same global batch, each validation sample once."""
 
 import dataclasses
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from lit_basics.verification.tracing import State, digest, finite, random_digest, tensors_of, training_state
+from lit_basics.verification.tracing import Onlooker, State, digest, finite, random_digest, tensors_of, training_state
 
 RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -20,22 +20,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def environments() -> list[dict[str, str]]:
     """Return the variables that torchrun would give to each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        {
-            "TORCHELASTIC_RUN_ID": "verify",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(RANKS),
-            "LOCAL_WORLD_SIZE": str(RANKS),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        for rank in range(RANKS)
-    ]
+    shared = {"TORCHELASTIC_RUN_ID": "verify", "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    shared |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
 
 
 @dataclasses.dataclass
@@ -50,13 +37,15 @@ class Recorded:
     """The trained parameters before the first step."""
     states: list[State] = dataclasses.field(default_factory=list)
     """Parameters and buffers after each step."""
+    rates: list[float] = dataclasses.field(default_factory=list)
+    """The learning rates of each step."""
     diverged: int = 0
     """The first step after which a trained parameter was not finite, or 0."""
     draws: bool = False
     """Whether random numbers are drawn between a batch's start and its end."""
 
 
-class Recorder(pl.Callback):
+class Recorder(Onlooker):
     """Keeps the training batches and the state after each step."""
 
     def __init__(self) -> None:
@@ -72,6 +61,8 @@ class Recorder(pl.Callback):
             rate = getattr(module, "dropout", None)  # a number, as of nn.LSTM: it draws by itself
             if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or isinstance(rate, (int, float)):
                 module.training = False  # and not that of the modules in it
+                # nor when the user's module puts itself into training; this process is for this run only
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a list of batches."""
@@ -84,6 +75,12 @@ class Recorder(pl.Callback):
         kept = apply_to_collection(batch, Tensor, lambda value: value.detach().clone())
         self.recorded.epochs[-1].append(kept)
         self._random = random_digest()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keep the learning rates."""
+        self.recorded.rates += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,7 +150,7 @@ def joined(batches: list[Any]) -> Any:
     raise TypeError(f"a batch of type {type(first).__name__}")
 
 
-class Samples(pl.Callback):
+class Samples(Onlooker):
     """Counts the samples of a validation by their content, and notes whether its steps draw random numbers."""
 
     def __init__(self) -> None:

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lit_basics.verification.ranks import RANKS, Recorded, Recorder, Replay, Sam
 from lit_basics.verification.report import NotApplicable
 from lit_basics.verification.tracing import Trace, Tracer, digest, random_digest, training_state
 
-Report = Callable[[int], None]
+Tell = Callable[[int], None]
 """Tells the parent process of a step; the same first argument in each kind of run."""
 LEFT_OUT = (
     *("max_time", "min_epochs", "min_steps", "fast_dev_run", "overfit_batches", "profiler", "barebones"),
@@ -51,10 +50,7 @@ class Nowhere(DummyLogger):
         """Return the folder."""
         return self._folder
 
-    @property
-    def log_dir(self) -> str:
-        """Return the folder."""
-        return self._folder
+    log_dir = save_dir
 
 
 class StopAfter(pl.Callback):
@@ -100,7 +96,8 @@ class Subject:
 
     def trainer(self, folder: Path, steps: int, callbacks: list[pl.Callback], **others: Any) -> pl.Trainer:
         """Return a Trainer for a run that writes into ``folder`` only."""
-        given = {name: value for name, value in self.arguments.items() if value is not None}
+        # there alone None is no default: validation by the batches of the whole run
+        given = {n: v for n, v in self.arguments.items() if v is not None or n == "check_val_every_n_epoch"}
         limit = self.limit(steps)
         interval = given.get("val_check_interval", 1.0)
         if (isinstance(interval, int) and interval > limit) or (isinstance(interval, float) and interval * limit < 1):
@@ -134,10 +131,6 @@ class Subject:
         settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
-    def callbacks(self) -> list[pl.Callback]:
-        """Return the user's callbacks, without those that put something out."""
-        return without(self.arguments.get("callbacks") or [], *OUTPUT)
-
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:
         """Train; from a checkpoint if there is one."""
         trainer.fit(
@@ -151,34 +144,29 @@ class Subject:
 
     def trace(
         self,
-        report: Report,
+        report: Tell,
         folder: Path,
         reference: Trace | None = None,
         *,
         checkpoint: Path | None = None,
         manual: bool = False,
+        bare: bool = False,
         **tracer: Any,
     ) -> Trace:
-        """Train as the user does, with a tracer; return its trace."""
+        """Train as the user does, ``bare`` without validation and callbacks, with a tracer; return its trace."""
         folder.mkdir(exist_ok=True)
         trace = Trace(folder)
         if manual:
             self.model.automatic_optimization = not self.model.automatic_optimization
-        trainer = self.trainer(
-            folder, self.steps, [*self.callbacks(), Tracer(trace, reference, report=report, **tracer)]
-        )
+        onlooker = Tracer(trace, reference, report=report, **tracer)
+        others = {"limit_val_batches": 0, "num_sanity_val_steps": 0} if bare else {}
+        callbacks = [] if bare else without(self.arguments.get("callbacks") or [], *OUTPUT)
+        trainer = self.trainer(folder, self.steps, [*callbacks, onlooker], **others)
         self.fit(trainer, checkpoint)
+        onlooker.look(0, trainer)
         return trace
 
-    def bare(self, report: Report, folder: Path) -> Trace:
-        """Train without validation and callbacks."""
-        folder.mkdir(exist_ok=True)
-        trace = Trace(folder)
-        trainer = self.trainer(folder, self.steps, [Tracer(trace)], limit_val_batches=0, num_sanity_val_steps=0)
-        self.fit(trainer)
-        return trace
-
-    def loop(self, report: Report, folder: Path, reference: Trace) -> Trace:
+    def loop(self, report: Tell, folder: Path, reference: Trace) -> Trace:
         """Train by the plain loop, if the module has one."""
         if self.arguments.get("reload_dataloaders_every_n_epochs"):
             raise NotApplicable("reload_dataloaders_every_n_epochs makes loaders anew, which only a Trainer does")
@@ -218,7 +206,7 @@ class Subject:
             **others,
         )
 
-    def ranks(self, report: Report, folder: Path, precision: str | None) -> Recorded:
+    def ranks(self, report: Tell, folder: Path, precision: str | None) -> Recorded:
         """Train as one of two ranks; every step's batches and weights."""
         recorder = Recorder()
         trainer = self.short_trainer(folder, recorder, precision, devices=RANKS, strategy=self.ddp_strategy())
@@ -227,7 +215,7 @@ class Subject:
         return recorder.recorded
 
     def replay(
-        self, report: Report, folder: Path, epochs: list[list[Any]], length: int, precision: str | None
+        self, report: Tell, folder: Path, epochs: list[list[Any]], length: int, precision: str | None
     ) -> Recorded:
         """Train in one process on given batches."""
         recorder, loader = Recorder(), Replay(epochs, length)
@@ -243,7 +231,7 @@ class Subject:
         return recorder.recorded
 
     def validate(
-        self, report: Report, folder: Path, ranks: int, precision: str | None
+        self, report: Tell, folder: Path, ranks: int, precision: str | None
     ) -> tuple[Counter[str], dict[str, float], bool]:
         """Validate the untrained module as within ``fit``; the samples and metrics of this rank, and if it draws."""
         samples = Samples()
@@ -254,7 +242,8 @@ class Subject:
         self.double_odd_batches()
         loads = [owner for owner in self.owners() if is_overridden("val_dataloader", owner)]
         for owner in loads[-1:]:  # the DataModule's wins
-            owner.setup = partial(as_for_fit, owner.setup)  # type: ignore[method-assign]
+            # as a fit does: a DataModule may prepare its validation in that stage only
+            owner.setup = lambda stage, setup=owner.setup: setup("fit")  # type: ignore[misc,method-assign]
         trainer.validate(self.model, self.val_dataloaders, datamodule=self.datamodule, verbose=False)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         return samples.seen, metrics, samples.draws
@@ -277,11 +266,6 @@ class Subject:
         size = getattr(self.datamodule, "batch_size", None)
         if isinstance(size, int) and size % RANKS:
             self.datamodule.batch_size = size * RANKS  # type: ignore[union-attr]
-
-
-def as_for_fit(setup: Callable[..., None], stage: str) -> None:
-    """Call ``setup`` as a fit does, whose validation a DataModule may prepare in that stage only."""
-    setup("fit")
 
 
 def without(values: Any, *kinds: type) -> list[Any]:

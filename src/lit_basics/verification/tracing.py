@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,6 +18,7 @@ from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
 from lit_basics.finite import are_finite
 from lit_basics.modules import LitSupervised
+from lit_basics.nested import tensors_in
 
 State = dict[str, Tensor]
 
@@ -26,14 +28,14 @@ class Difference:
     """The first place where two runs differ."""
 
     step: int
-    """The optimizer step, from 1, after which they do."""
+    """The optimizer step, from 1, after which they do; 0 is the end of the training."""
     name: str
     """The parameter, buffer or optimizer state."""
     largest: float
     """The largest absolute difference of its elements; infinite for another shape."""
 
     def __str__(self) -> str:
-        return f"at step {self.step}: {self.name} by {self.largest:.3g}"
+        return f"{f'at step {self.step}' if self.step else 'at the end'}: {self.name} by {self.largest:.3g}"
 
 
 @dataclass
@@ -54,17 +56,14 @@ class Trace:
     difference: Difference | None = None
     loader: str = ""
     """The class of the training loader that has no state, or ""."""
-
-    def state(self, step: int) -> State:
-        """Return the state after a step, as :func:`training_state` returned it."""
-        state: State = torch.load(self.folder / f"{step}.pt", weights_only=True)
-        return state
+    ahead: bool = False
+    """Whether a training loader has a state and no length."""
 
     def compare(self, step: int, state: State, reference: "Trace") -> None:
         """Compare the state after a step with the reference's, and keep the first difference."""
         if self.difference is not None or step > reference.steps:
             return
-        expected = reference.state(step)
+        expected: State = torch.load(reference.folder / f"{step}.pt", weights_only=True)
         for name in [*expected, *(name for name in state if name not in expected)]:
             self.compared += 1
             largest = largest_difference(state.get(name), expected.get(name))
@@ -73,10 +72,15 @@ class Trace:
                 return
 
 
-class Tracer(Checkpoint):
-    """Keeps the state after every optimizer step, or compares it with a reference's.
+class Onlooker(Checkpoint):
+    """Comes after all other callbacks, and reads as the user's checkpoint callback does before its first save."""
 
-    A ``Checkpoint``, so that it comes after all other callbacks.
+    best_model_path = last_model_path = ""
+    best_model_score = dirpath = None
+
+
+class Tracer(Onlooker):
+    """Keeps the state after every optimizer step, or compares it with a reference's.
 
     Args:
         trace: What to fill.
@@ -105,6 +109,7 @@ class Tracer(Checkpoint):
         loaders = [loader.loader if isinstance(loader, StepsInBetween) else loader for loader in loaders]
         stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
         self.trace.loader = stateless[0] if stateless else ""
+        self.trace.ahead = any(hasattr(loader, "state_dict") and sized_len(loader) is None for loader in loaders)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -120,13 +125,9 @@ class Tracer(Checkpoint):
         """Keep or compare the state, if an optimizer step was made."""
         if trainer.global_step > self.trace.steps:
             self.trace.steps = trainer.global_step
-            state = training_state(pl_module, trainer.optimizers)
-            if self.reference is None:
-                if not (self.trace.diverged or finite(pl_module)):
-                    self.trace.diverged = self.trace.steps
-                torch.save(state, self.trace.folder / f"{self.trace.steps}.pt")
-            else:
-                self.trace.compare(self.trace.steps, state, self.reference)
+            if self.reference is None and not (self.trace.diverged or finite(pl_module)):
+                self.trace.diverged = self.trace.steps
+            self.look(self.trace.steps, trainer)
         # of other modules, Lightning keeps no gradients that are accumulated half-way
         if at_step_boundary(trainer, halfway=isinstance(pl_module, LitSupervised)):
             self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
@@ -134,6 +135,14 @@ class Tracer(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a checkpoint."""
         self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
+
+    def look(self, step: int, trainer: pl.Trainer) -> None:
+        """Keep or compare the state after a step, or, as step 0, at the end."""
+        state = training_state(trainer.lightning_module, trainer.optimizers)
+        if self.reference is None:
+            torch.save(state, self.trace.folder / f"{step}.pt")
+        elif step or self.trace.steps == self.reference.steps:
+            self.trace.compare(step, state, self.reference)
 
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         path = self.save_to / name if self.save_to else self.last
@@ -150,12 +159,11 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
     """Return copies of parameters, buffers and optimizer state, by name."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     held = {**module.state_dict(), **dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {name: copied(value) for name, value in held.items() if isinstance(value, Tensor)}
+    state = {name: comparable(value) for name, value in held.items() if isinstance(value, Tensor)}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    state[f"{key} of {names.get(id(parameter), 'a parameter')}"] = copied(value)
+            of = names.get(id(parameter), "a parameter")
+            state |= {f"{key} of {of}": comparable(value) for key, value in tensors_in(values)}
     return state
 
 
@@ -164,7 +172,7 @@ def finite(module: torch.nn.Module) -> bool:
     return are_finite(p for p in module.parameters() if p.requires_grad)
 
 
-def copied(value: Tensor) -> Tensor:
+def comparable(value: Tensor) -> Tensor:
     """Return a copy that can be compared: of a sparse tensor, for which ``torch.equal`` is not made, a dense one."""
     value = value.detach()
     return value.clone() if value.layout == torch.strided else value.to_dense()
@@ -216,12 +224,11 @@ def tensors_of(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
 
     def add(value: Tensor) -> Tensor:
-        if value.ndim:
-            found.append(value)
+        found.append(value)
         return value
 
     apply_to_collection(batch, Tensor, add)
-    return found
+    return [value for value in found if value.ndim]
 
 
 def random_digest() -> str:
