@@ -5,9 +5,7 @@ LightningCLI builds the parser; this adds the recipes' names, the options of a r
 
 import difflib
 import importlib
-import importlib.metadata
 import math
-import netrc
 import os
 import re
 import sys
@@ -15,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jsonargparse
 import lightning.pytorch as pl
@@ -149,7 +146,7 @@ class Config(LightningCLI):
         self.resolved = self.config
 
     def prepare_loggers(self, directory: Path) -> None:
-        """Keep the loggers' files in the run's directory, and W&B offline where it could not log in.
+        """Keep the loggers' files in the run's directory, and let W&B go on in a run of a typed id.
 
         In a copy, which only :meth:`build` uses: config.yaml is to hold what was asked for.
         """
@@ -161,14 +158,10 @@ class Config(LightningCLI):
             arguments = logger.init_args
             if "save_dir" in arguments and arguments.save_dir in (None, "."):
                 arguments.save_dir = str(directory)
-            is_online_wandb = logger.class_path.endswith(".WandbLogger") and not arguments.offline
-            if is_online_wandb and is_installed("wandb") and not wandb_can_log_in():
-                arguments.offline, arguments.log_model = True, False  # W&B refuses to log models offline
-                rank_zero_only(print)(
-                    "no W&B key found: logging offline; to upload the run: "
-                    f"wandb sync {arguments.save_dir}/wandb/offline-run-*",
-                    file=sys.stderr,
-                )
+            # jsonargparse passes the defaults of wandb.init, which would undo the WandbLogger's own "allow"
+            ways = ("resume", "resume_from", "fork_from")
+            if "WANDB_RESUME" not in os.environ and all(arguments.get(way, "") is None for way in ways):
+                arguments.resume = "allow"
 
     def build(self) -> None:
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
@@ -370,11 +363,6 @@ def use_torchruns_processes(settings: jsonargparse.Namespace) -> None:
         settings.strategy = "ddp"
 
 
-def is_installed(package: str) -> bool:
-    """Return whether a package is there; a folder of its name, such as W&B makes, can be imported too."""
-    return any(importlib.metadata.distributions(name=package))
-
-
 def without_missing(loggers: Any) -> Any:
     """Return the configured loggers without those whose package is not installed; each is told of on stderr."""
     parser = jsonargparse.ArgumentParser()
@@ -395,24 +383,6 @@ def without_missing(loggers: Any) -> Any:
                     continue
         kept.append(logger)
     return kept if isinstance(loggers, list) else next(iter(kept), False)
-
-
-def wandb_can_log_in() -> bool:
-    """Return whether W&B has a key, someone to ask for one, or was told not to need one.
-
-    Without asking W&B itself, which would fix its settings before the logger can.
-    """
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or (
-        sys.stdin.isatty() and sys.stderr.isatty()
-    ):
-        return True
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def named_configs(args: list[str]) -> list[str]:
