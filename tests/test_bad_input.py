@@ -598,7 +598,7 @@ def my_hparams(mine):
     [
         ([], ["Net saves the hyper-parameter root, a PosixPath", "save_hyperparameters(ignore=['root'])"]),
         (["--model.value", "len"], ["Net saves the hyper-parameter root, a builtin_function_or_method"]),
-        (["--model", "LitLeNet5", "--data", "my_hparams.Data"], ["Data saves the hyper-parameter roots, a list"]),
+        (["--model", "LitLeNet5", "--data", "my_hparams.Data"], ["Data saves the hyper-parameter roots, a PosixPath"]),
     ],
 )
 def test_hyperparameters_that_no_checkpoint_can_hold(refused, my_hparams, words, fragments):
