@@ -4,7 +4,6 @@ LightningCLI builds the parser; this adds the recipes' names, the options of a r
 """
 
 import difflib
-import importlib
 import math
 import os
 import re
@@ -30,7 +29,7 @@ from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, first_line, nearest, root_cause, shortened, where
-from lit_basics.imports import FLAG, check_functions, import_policy
+from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy
 from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import config_names, taken
 
@@ -114,32 +113,32 @@ class Config(LightningCLI):
         """Parse the words; everything wrong with them becomes a short message."""
         printed = PRINT in args  # jsonargparse would print what is not complete yet
         args = [word for word in named_configs(args) if word != PRINT]
-        try:
-            with import_policy(self._allowed):
+        with import_policy(self._allowed):
+            try:
                 self.config = parser.parse_args(args)
-                check_functions(self.config, class_defaults)
-            for name in RUN_KEYS:
-                # the run's directory is found before the configuration is read
-                typed = any(word.partition("=")[0] == f"--{name}" for word in args)
-                if name != "ckpt_path" and self.config[name] and not typed:
-                    raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
-            seed = self.config.seed_everything
-            if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-                raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
-            check_trainer(self.config.trainer)
-            for key, value in self.config.items():
-                if isinstance(value, float) and math.isnan(value):
-                    raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
-            reset_unwritten(self.config, written_keys(args, self.config), {})
-            if printed:
-                print(self.to_yaml(), end="")
-                raise SystemExit(0)
-        except UserError:
-            raise
-        except RecursionError as error:
-            raise UserError("the configuration is nested too deeply, or contains itself") from error
-        except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(short_message(str(error), self.parser, args)) from error
+                check_functions(self.config)
+                for name in RUN_KEYS:
+                    # the run's directory is found before the configuration is read
+                    typed = any(word.partition("=")[0] == f"--{name}" for word in args)
+                    if name != "ckpt_path" and self.config[name] and not typed:
+                        raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
+                seed = self.config.seed_everything
+                if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+                    raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
+                check_trainer(self.config.trainer)
+                for key, value in self.config.items():
+                    if isinstance(value, float) and math.isnan(value):
+                        raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
+                reset_unwritten(self.config, written_keys(args, self.config), {})
+                if printed:
+                    print(self.to_yaml(), end="")
+                    raise SystemExit(0)
+            except UserError:
+                raise
+            except RecursionError as error:
+                raise UserError("the configuration is nested too deeply, or contains itself") from error
+            except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
+                raise UserError(short_message(str(error), self.parser, args)) from error
 
     def instantiate_classes(self) -> None:
         """Leave this to :meth:`build`: the run's directory is decided in between."""
@@ -304,16 +303,6 @@ def reset_unwritten(config: jsonargparse.Namespace, written: set[str], defaults:
             if isinstance(default, jsonargparse.Namespace) and default.class_path == value.class_path:
                 inner_defaults = dict(vars(default.init_args))
             reset_unwritten(value.init_args, written, inner_defaults, inner)
-
-
-def class_defaults(class_path: str) -> dict[str, Any]:
-    """Return the defaults of the arguments of a class, or of a function that makes an object."""
-    module, _, name = class_path.rpartition(".")
-    target = getattr(importlib.import_module(module), name)
-    parser = jsonargparse.ArgumentParser()
-    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
-    add(target, fail_untyped=False)
-    return dict(vars(parser.get_defaults()))
 
 
 def check_trainer(settings: Any) -> None:
