@@ -249,7 +249,9 @@ def test_recipes_lists_and_prints(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "LitLeNet5"
 
 
-@pytest.mark.parametrize(("words", "most"), [(["--help"], 40), ([], 40), (["--version"], 1)])
+@pytest.mark.parametrize(
+    ("words", "most"), [(["--help"], 40), ([], 40), (["recipes", "--help"], 40), (["--version"], 1)]
+)
 def test_help_is_short_and_version_is_one_line(words, most, capsys):
     assert main(words) == 0
     assert 0 < len(capsys.readouterr().out.splitlines()) <= most

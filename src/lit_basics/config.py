@@ -16,6 +16,7 @@ from typing import Any
 import jsonargparse
 import lightning.pytorch as pl
 import yaml
+from jsonargparse.typing import Path as ArgumentPath
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
@@ -198,7 +199,7 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
-        _unwrap_strings(config)
+        _make_plain(config)
         with import_policy(self._allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", rf"\s*{UNSERIALIZABLE}")
             text = str(self.parser.dump(config, skip_unset=False))  # null may not be the default
@@ -211,13 +212,17 @@ class Config(LightningCLI):
         return dict(yaml.safe_load(self.to_yaml()))
 
 
-def _unwrap_strings(values: Any) -> None:
-    """Put plain strings in the place of those that are members of an enumeration too, which YAML does not have."""
+def _make_plain(values: Any) -> None:
+    """Make values such that YAML holds them, and that they read the same elsewhere and in another process."""
     if isinstance(values, (dict, jsonargparse.Namespace, list)):
         for name, value in list(enumerate(values) if isinstance(values, list) else values.items()):
-            if isinstance(value, str) and type(value) is not str:
+            if isinstance(value, str) and type(value) is not str:  # a member of an enumeration too
                 values[name] = str.__str__(value)
-            _unwrap_strings(value)
+            elif isinstance(value, ArgumentPath):  # relative to where it was read
+                values[name] = type(value)(value.absolute)
+            elif isinstance(value, (set, frozenset)):
+                values[name] = value = sorted(value, key=str)
+            _make_plain(value)
 
 
 def _serialized(content: Any, values: Any) -> Any:
@@ -317,21 +322,21 @@ def check_trainer(settings: Any) -> None:
         raise UserError("trainer is null in a config, and given keys after it: leave it out of the config")
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
     found = [name for name in accelerators if AcceleratorRegistry[name]["accelerator"].is_available()]
-    for key, valid in (
-        ("accelerator", ["auto", "gpu", *accelerators]),
-        ("strategy", ["auto", *StrategyRegistry.available_strategies()]),
-    ):
+    # there children train, and this process would take the run for one that made no step
+    spawns = r"ddp_(spawn|fork|notebook)\w*|start_method='(spawn|fork)\w*'"
+    if children := re.search(spawns, str(settings.strategy)):
+        raise UserError(f"trainer.strategy: {children[0]} is for a Trainer of your own; by command it is ddp")
+    strategies = [name for name in StrategyRegistry.available_strategies() if not re.match(spawns, name)]
+    for key, valid in (("accelerator", ["auto", "gpu", *accelerators]), ("strategy", ["auto", *strategies])):
         value = settings[key]
         if isinstance(value, str) and value not in valid:
-            raise UserError(f"trainer.{key}: there is no {key} {value}{nearest(value, valid)}")
-    # there children train, and this process would take the run for one that made no step
-    children = re.search(r"ddp_(spawn|fork|notebook)\w*|start_method='(spawn|fork)\w*'", str(settings.strategy))
-    if children:
-        raise UserError(f"trainer.strategy: {children[0]} is for a Trainer of your own; by command it is ddp")
+            is_class = value.endswith(key.title())
+            hint = f"; for a class: --trainer.{key}.class_path {value}" if is_class else nearest(value, valid)
+            raise UserError(f"trainer.{key}: there is no {key} {value}{hint}")
     if isinstance(settings.devices, str) and not re.fullmatch(r"auto|-1|[0-9, ]+", settings.devices):
         raise UserError(f"trainer.devices is {settings.devices}; it must be auto, a number, or a list of numbers")
-    for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
-        if settings[key] is not None and settings[key] < 1:
+    for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        if isinstance(settings[key], int) and settings[key] < 1:
             raise UserError(f"trainer.{key} is {settings[key]}; it must be at least 1")
     wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])
     if isinstance(settings.accelerator, str) and not set(wanted) & set(found):

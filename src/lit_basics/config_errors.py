@@ -102,7 +102,7 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
     if match := re.search(r"unrecognized arguments: (\S+)", reason):
         word = match[1].partition("=")[0]
         if word.startswith(("-", "–", "—")):  # some editors make a dash of two hyphens
-            return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), _keys(parser), '--')}"
+            return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), [*_keys(parser), FLAG[2:]], '--')}"
         if word in all_names() or word.endswith((".yaml", ".yml")):
             return f"{word!r} stands alone; did you mean '--config {word}'?"
         return f"{word!r} stands alone; a value follows its --KEY"
@@ -158,6 +158,8 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
     if kinds := _kinds(problem.reasons):
         value = problem.value if len(problem.value) <= 80 else problem.value[:77] + "..."
         value = value or "empty"
+        if "str" in kinds and value[0] in "[{" and not place:  # such as: run: 1
+            return f"{key} is read as YAML, {value}; a --config file takes it as text, in quotes"
         return f"{key} is {value}{place}; it must be {' or '.join(kinds)}"
 
     # such as: invalid syntax (mine.py, line 3), of the class_path mine.Mine
@@ -223,7 +225,9 @@ def _kinds(reasons: list[str]) -> list[str]:
             kinds.append({"Sequence": "a list such as [1, 2]"}.get(match[1], match[1]))
         elif match := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
             kinds.append(f"one of {match[1]}" if not kinds else match[1])
-        elif match := re.match(r"Not a valid subclass of (\w+)", reason):
+        elif match := re.match(
+            r"(?:Not a valid subclass of|Expected an instantiatable class, but) (?:\w+\.)*(\w+)", reason
+        ):
             kinds += [] if kinds else [f"a class of {match[1]}s, or class_path and init_args"]
         elif match := re.match(r"Expected (.+)", reason):
             kinds.append(match[1])

@@ -22,6 +22,9 @@ def verify_config(args: list[str]) -> None:
     for name in ("--run_dir", "--resume", "--ckpt_path"):
         if option(args, name) is not None:
             raise UserError(f"verify takes no {name}: it starts anew, and writes into a temporary folder only")
+    for name in ("--check", "--step"):
+        if option(args, name) is not None:
+            raise UserError(f"there is no option {name}; did you mean '{name}s'?")
     config = Config(args)
     config.config.trainer.logger = False
     config.build()
