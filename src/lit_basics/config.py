@@ -403,7 +403,7 @@ def config_path(name: str) -> Path:
     """
     if not name:
         raise UserError("--config needs a value")
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     is_path = path.suffix or os.sep in name or (path.exists() and name not in all_names())
     if not is_path:
         path = recipe_path(name)
