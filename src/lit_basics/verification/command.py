@@ -30,7 +30,7 @@ def verify_config(args: list[str]) -> None:
     config.build()
     arguments = dict(config.trainer_arguments)
     arguments["callbacks"] = [*with_guard(config, as_list(arguments["callbacks"])), RandomState()]
-    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], min_seconds=0)
+    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
     report = verify(
         config.model,
         datamodule=config.datamodule,
