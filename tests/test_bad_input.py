@@ -89,6 +89,10 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --optimizer Adam", ["'--model.optimizer'"]),
         ("fit --config quickstart --batch-size 4", ["'--data.batch_size'"]),
         ("fit --config quickstart --seed 1", ["'--seed_everything'"]),
+        ("fit --config quickstart --allow-import mine", ["'--allow_import'"]),
+        ("fit --config quickstart --allow_imports=mine", ["'--allow_import'"]),
+        ("verify --config quickstart --check loop", ["no option --check; did you mean '--checks'"]),
+        ("verify --config quickstart --step=3", ["no option --step; did you mean '--steps'"]),
         ("fit -lr 0.1", ["-lr", "'--model.optimizer.lr'"]),
         ("fit —config quickstart", ["—config", "'--config'"]),  # two hyphens made a dash
         # a key
@@ -149,6 +153,10 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --metrics_csv maybe", ["metrics_csv is maybe", "bool"]),
         ("fit --config quickstart --trainer.max_epochs=", ["trainer.max_epochs is empty", "must be int"]),
         ("fit --config quickstart --data.mean 0.5", ["data.mean is 0.5", "a list"]),
+        (
+            "fit --config quickstart --config wandb --trainer.logger.name [a]",
+            ["trainer.logger.name is read as YAML, ['a']; a --config file takes it as text, in quotes"],
+        ),
         # a range
         ("fit --config quickstart --seed_everything -1", ["seed_everything is -1", "from 0"]),
         ("fit --config quickstart --trainer.log_every_n_steps 0", ["log_every_n_steps is 0", "at least 1"]),
@@ -163,6 +171,14 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --trainer.accelerator cudda", ["cudda", "'cuda'"]),
         ("fit --config quickstart --trainer.strategy ddpp", ["ddpp", "'ddp'"]),
         ("fit --config quickstart --trainer.strategy ddp_spawn", ["strategy: ddp_spawn is", "by command it is ddp"]),
+        (
+            "fit --config quickstart --trainer.strategy none",
+            ["ddp_find_unused_parameters_true, deepspeed"],
+        ),
+        (
+            "fit --config quickstart --trainer.strategy DDPStrategy",
+            ["no strategy DDPStrategy; for a class: --trainer.strategy.class_path DDPStrategy"],
+        ),
         ("test --config quickstart --trainer.strategy ddp_fork_find_unused_parameters_true", ["it is ddp"]),
         (
             "fit --config quickstart --trainer.strategy DDPStrategy --trainer.strategy.start_method forkserver",
@@ -172,6 +188,16 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --trainer.devices 0", ["devices"]),
         ("fit --config quickstart --trainer.max_epochs -5", ["max_epochs", "-5"]),
         ("fit --config quickstart --trainer.limit_train_batches 2.5", ["limit_train_batches", "2.5"]),
+        ("fit --config quickstart --trainer.val_check_interval 0", ["val_check_interval is 0", "at least 1"]),
+        (
+            "fit --config quickstart --trainer.val_check_interval 1000",
+            ["val_check_interval", "(1000)", "less than"],
+        ),
+        (
+            "fit --config quickstart --trainer.accumulate_grad_batches 2 "
+            '--trainer.callbacks+={"class_path":"GradientAccumulationScheduler","init_args":{"scheduling":{"1":2}}}',
+            ["`accumulate_grad_batches`", "GradientAccumulationScheduler"],
+        ),
         (f"fit --config quickstart --trainer.val_check_interval {'x' * 9000}", ["val_check_interval", "DD:HH:MM:SS"]),
         # a run, a checkpoint
         ("test", ["--run_dir"]),
@@ -598,7 +624,7 @@ def my_hparams(mine):
     [
         ([], ["Net saves the hyper-parameter root, a PosixPath", "save_hyperparameters(ignore=['root'])"]),
         (["--model.value", "len"], ["Net saves the hyper-parameter root, a builtin_function_or_method"]),
-        (["--model", "LitLeNet5", "--data", "my_hparams.Data"], ["Data saves the hyper-parameter roots, a list"]),
+        (["--model", "LitLeNet5", "--data", "my_hparams.Data"], ["Data saves the hyper-parameter roots, a PosixPath"]),
     ],
 )
 def test_hyperparameters_that_no_checkpoint_can_hold(refused, my_hparams, words, fragments):

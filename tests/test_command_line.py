@@ -237,7 +237,52 @@ def test_a_home_folder_that_the_shell_has_not_expanded(tmp_path, monkeypatch, ca
     assert names == {"config.yaml", "metrics.csv", "best.pth", "checkpoints"}
     assert main(["fit", *words, "--resume=auto"]) == 0
     assert main(["test", "--run_dir=~/run"]) == 0
+    (tmp_path / "home" / "more.yaml").write_text("trainer: {max_epochs: many}\n")
+    for flag in (["--config=~/more.yaml"], ["--config", "~/more.yaml"], ["-c", "~/nobody.yaml"]):
+        assert main(["fit", *words[:2], *flag]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        lines[-3:-1] == [f"lit_basics: trainer.max_epochs is many (in {tmp_path}/home/more.yaml); it must be int"] * 2
+    )
+    assert lines[-1].startswith("lit_basics: --config ~/nobody.yaml: the file does not exist")
+    assert main(["fit", "--config=~/run/config.yaml", "--run_dir=~/run"]) == 2
+    assert "the run would write over it" in capsys.readouterr().err
     assert not (tmp_path / "~").exists()
+
+
+ARGUMENTS = """
+from jsonargparse.typing import Path_fr
+from lit_basics import LitLeNet5
+
+class Mine(LitLeNet5):
+    def __init__(self, labels: Path_fr, more: list[Path_fr] | None = None, names: set[str] | None = None, **kwargs):
+        super().__init__(**kwargs)
+        assert (labels.get_content(), more[0].get_content()) == ("a", "b")
+"""
+
+
+def test_paths_and_sets_mean_the_same_in_a_runs_config(tmp_path, mine):
+    """The files lie relative to the working directory and to a config, and strings hash otherwise in each process."""
+    words = ["--model", f"{mine(ARGUMENTS)}.Mine", "--model.labels", "labels.txt", "--config", "conf/my.yaml"]
+    (tmp_path / "labels.txt").write_text("a")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "labels.txt").write_text("b")
+    (tmp_path / "conf" / "my.yaml").write_text(
+        "model: {init_args: {more: [labels.txt], names: [alpha, beta, gamma, delta, epsilon]}}\n"
+    )
+    for seed, command in enumerate(
+        (
+            ["fit", *SMALL, *words, "--run_dir", "run"],
+            ["fit", "--resume", "run", "--trainer.max_epochs", "2"],
+            ["fit", *SMALL, *words, "--run_dir", "run", "--resume", "auto"],
+            ["test", "--run_dir", "run"],
+        )
+    ):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        program = [sys.executable, "-m", "lit_basics", *command]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "resuming with model" not in done.stdout
 
 
 def test_recipes_lists_and_prints(capsys):
@@ -249,7 +294,9 @@ def test_recipes_lists_and_prints(capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "LitLeNet5"
 
 
-@pytest.mark.parametrize(("words", "most"), [(["--help"], 40), ([], 40), (["--version"], 1)])
+@pytest.mark.parametrize(
+    ("words", "most"), [(["--help"], 40), ([], 40), (["recipes", "--help"], 40), (["--version"], 1)]
+)
 def test_help_is_short_and_version_is_one_line(words, most, capsys):
     assert main(words) == 0
     assert 0 < len(capsys.readouterr().out.splitlines()) <= most

@@ -6,6 +6,7 @@ last five are called.
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ HOSTILE = {
     "a module that is not loaded": {"class_path": "hostile_module.Thing"},
     "eval": called("builtins.eval", source="__import__('os').mkdir('made')"),
     "through lightning": called("lightning.pytorch.trainer.trainer.os.mkdir", path="made"),
-    "through lit_basics": called("lit_basics.config.importlib.import_module", name="hostile_module"),
+    "through lit_basics": called("lit_basics.config_errors.importlib.import_module", name="hostile_module"),
     "through torch.nn": called("torch.nn.modules.module.functools.partial", func="os.mkdir"),
     "torch.load": called("torch.load", f="bomb.ckpt", weights_only=False),
     "torch.load through an alias": called("lightning.fabric.utilities.cloud_io.torch.load", f="bomb.ckpt"),
@@ -65,7 +66,7 @@ HOSTILE = {
     "an unpickling data pipe": called("torch.utils.data.datapipes.iter.RoutedDecoder", datapipe=[]),
     "an unpickling data set": called("torchvision.datasets.LSUNClass", root="."),
     "a method, uncalled": called("lightning.pytorch.LightningModule.load_from_checkpoint"),
-    "our own importing function": called("lit_basics.config.class_defaults", class_path="hostile_module.Thing"),
+    "our own importing function": called("lit_basics.imports.class_defaults", class_path="hostile_module.Thing"),
     "our own command line": called("lit_basics.cli.main", args=["fit"]),
 }
 
@@ -118,6 +119,32 @@ def test_the_libraries_are_allowed(words):
 def _saved(config):
     Path("saved.yaml").write_text(config.to_yaml())
     return "saved.yaml"
+
+
+WAYS = NET.replace("(self)", "(self, width: int = 4)").replace("3072, 10)", "3072, width)")
+WAYS += """
+    @classmethod
+    def small(cls, width: int = 2) -> "Net":
+        return cls(width)
+
+class Outer:
+    class Inner(Net):
+        pass
+"""
+
+
+@pytest.mark.parametrize(("name", "width"), [("Net.small", 2), ("Outer.Inner", 4)])
+def test_a_class_method_and_a_class_in_a_class_are_named_as_a_class_is(tmp_path, name, width):
+    """As a program: jsonargparse looks at all subclasses, and fails at a nested one whose module has gone."""
+    (tmp_path / "my_ways.py").write_text(WAYS)
+    command = [sys.executable, "-m", "lit_basics", "fit", *QUICK, "--model", "LitClassifier"]
+    command += ["--model.net", f"my_ways.{name}"]
+    done = subprocess.run([*command, "--print_config"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    net = yaml.safe_load(done.stdout)["model"]["init_args"]["net"]
+    assert net == {"class_path": f"my_ways.{name}", "init_args": {"width": width}}
+    done = subprocess.run([*command, "--model.net.widht", "3"], capture_output=True, text=True)
+    assert done.stderr == "lit_basics: there is no key model.net.widht; did you mean 'model.net.width'?\n"
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from torch import nn
 from lit_basics import GradientMonitor, LitClassifier, MetricsCSV, SyntheticCIFAR10, loggers
 from lit_basics.callbacks import progress
 from lit_basics.cli import main
+from lit_basics.config import Config
+from lit_basics.soft_loggers import finish_wandb
 
 WORDS = (
     *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
@@ -81,12 +83,13 @@ def _read_wandb(folder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_wandb_without_a_key_goes_offline_and_holds_everything(no_key, capfd):
-    run = fit(*WORDS[:2], "--config", "wandb", *WORDS[2:])
+@pytest.mark.parametrize("more", [[], ["--trainer.logger.log_model", "all"]], ids=["rows", "models"])
+def test_wandb_without_a_key_goes_offline_and_holds_everything(no_key, capfd, more):
+    run = fit(*WORDS[:2], "--config", "wandb", *more, *WORDS[2:])
     lines = [line for line in capfd.readouterr().err.splitlines() if "W&B" in line]
+    (folder,) = (run / "wandb").glob("offline-run-*")
     assert len(lines) == 1
-    assert "wandb sync run/wandb/offline-run-*" in lines[0]
-    assert list((run / "wandb").glob("offline-run-*"))
+    assert lines[0].endswith(f"wandb sync {folder}")
     rows, config, code = read_wandb(run)
     logged = {}
     for row in rows:
@@ -101,6 +104,33 @@ def test_wandb_without_a_key_goes_offline_and_holds_everything(no_key, capfd):
     assert config["model"]["class_path"] == "lit_basics.LitLeNet5"
     assert config["data"]["init_args"]["batch_size"] == 64
     assert code == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb.*")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    ("words", "environment", "resume"),
+    [
+        ([], {}, "allow"),
+        (["--trainer.logger.resume", "never"], {}, "never"),
+        (["--trainer.logger.resume_from", "abc?_step=2"], {}, None),
+        ([], {"WANDB_RESUME": "must"}, "must"),
+    ],
+)
+def test_a_wandb_run_of_a_typed_id_goes_on(monkeypatch, words, environment, resume):
+    for name, value in {"WANDB_MODE": "offline", **environment}.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it has read the environment of the tests before
+    config = Config([*WORDS[:2], "--config", "wandb", "--trainer.logger.id", "abc", *words])
+    config.prepare_loggers(Path("run"))
+    config.build()
+    (logger,) = config.trainer_arguments["logger"]
+    try:
+        assert (logger.experiment.id, logger.experiment.settings.resume) == ("abc", resume)
+    finally:
+        finish_wandb([logger])
+        wandb.teardown()
+    assert "resume: null" in config.to_yaml() or resume == "never"
 
 
 FAILS = """

@@ -16,7 +16,7 @@ import time
 import traceback
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
@@ -93,7 +93,7 @@ class DurableCheckpointIO(CheckpointIO):
         if not self._looked:
             self._looked = True
             for keys, value in itertools.islice(refused_in(state, set()), MOST):
-                what, advice = _described(keys, value)
+                what, advice = described(keys, value)
                 rank_zero_warn(
                     f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
                     f"runs no code: {advice}"
@@ -167,13 +167,6 @@ class DurableCheckpointIO(CheckpointIO):
         self._memory = {}
 
 
-def unloadable(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the names and values that no load under ``weights_only`` would take."""
-    for name, value in values.items():
-        if not _is_loadable(value):
-            yield name, value
-
-
 def _is_loadable(value: Any) -> bool:
     buffer = io.BytesIO()
     try:
@@ -210,7 +203,7 @@ def refused_in(value: Any, seen: set[int], keys: tuple[Any, ...] = ()) -> Iterat
         yield keys, value
 
 
-def _described(keys: tuple[Any, ...], value: Any) -> tuple[str, str]:
+def described(keys: tuple[Any, ...], value: Any) -> tuple[str, str]:
     """Return how to name an entry of a checkpoint, and what to write instead."""
     if keys[0] in ("hyper_parameters", "datamodule_hyper_parameters") and keys[1:]:
         return f"the hyper-parameter {keys[1]}", f"save_hyperparameters(ignore=[{keys[1]!r}]), or save its str()"

@@ -75,7 +75,7 @@ def _code_of_signal(error: SystemExit) -> int | None:
 
 def _dispatch(args: list[str]) -> int:
     command, rest = (args[0], args[1:]) if args else ("--help", [])
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help") or (command == "recipes" and {"-h", "--help"}.intersection(rest)):
         print(HELP, end="")
     elif command == "--version":
         print(f"lit_basics {version('lit_basics')}")

@@ -4,10 +4,7 @@ LightningCLI builds the parser; this adds the recipes' names, the options of a r
 """
 
 import difflib
-import importlib
-import importlib.metadata
 import math
-import netrc
 import os
 import re
 import sys
@@ -15,11 +12,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import jsonargparse
 import lightning.pytorch as pl
 import yaml
+from jsonargparse.typing import Path as ArgumentPath
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
@@ -33,7 +30,7 @@ from lit_basics.callbacks.progress import ProgressBar
 from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, first_line, nearest, root_cause, shortened, where
-from lit_basics.imports import FLAG, check_functions, import_policy
+from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy
 from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import config_names, taken
 
@@ -117,39 +114,39 @@ class Config(LightningCLI):
         """Parse the words; everything wrong with them becomes a short message."""
         printed = PRINT in args  # jsonargparse would print what is not complete yet
         args = [word for word in named_configs(args) if word != PRINT]
-        try:
-            with import_policy(self._allowed):
+        with import_policy(self._allowed):
+            try:
                 self.config = parser.parse_args(args)
-                check_functions(self.config, class_defaults)
-            for name in RUN_KEYS:
-                # the run's directory is found before the configuration is read
-                typed = any(word.partition("=")[0] == f"--{name}" for word in args)
-                if name != "ckpt_path" and self.config[name] and not typed:
-                    raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
-            seed = self.config.seed_everything
-            if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-                raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
-            check_trainer(self.config.trainer)
-            for key, value in self.config.items():
-                if isinstance(value, float) and math.isnan(value):
-                    raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
-            reset_unwritten(self.config, written_keys(args, self.config), {})
-            if printed:
-                print(self.to_yaml(), end="")
-                raise SystemExit(0)
-        except UserError:
-            raise
-        except RecursionError as error:
-            raise UserError("the configuration is nested too deeply, or contains itself") from error
-        except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(short_message(str(error), self.parser, args)) from error
+                check_functions(self.config)
+                for name in RUN_KEYS:
+                    # the run's directory is found before the configuration is read
+                    typed = any(word.partition("=")[0] == f"--{name}" for word in args)
+                    if name != "ckpt_path" and self.config[name] and not typed:
+                        raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
+                seed = self.config.seed_everything
+                if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+                    raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
+                check_trainer(self.config.trainer)
+                for key, value in self.config.items():
+                    if isinstance(value, float) and math.isnan(value):
+                        raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
+                reset_unwritten(self.config, written_keys(args, self.config), {})
+                if printed:
+                    print(self.to_yaml(), end="")
+                    raise SystemExit(0)
+            except UserError:
+                raise
+            except RecursionError as error:
+                raise UserError("the configuration is nested too deeply, or contains itself") from error
+            except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
+                raise UserError(short_message(str(error), self.parser, args)) from error
 
     def instantiate_classes(self) -> None:
         """Leave this to :meth:`build`: the run's directory is decided in between."""
         self.resolved = self.config
 
     def prepare_loggers(self, directory: Path) -> None:
-        """Keep the loggers' files in the run's directory, and W&B offline where it could not log in.
+        """Keep the loggers' files in the run's directory, and let W&B go on in a run of a typed id.
 
         In a copy, which only :meth:`build` uses: config.yaml is to hold what was asked for.
         """
@@ -161,14 +158,10 @@ class Config(LightningCLI):
             arguments = logger.init_args
             if "save_dir" in arguments and arguments.save_dir in (None, "."):
                 arguments.save_dir = str(directory)
-            is_online_wandb = logger.class_path.endswith(".WandbLogger") and not arguments.offline
-            if is_online_wandb and is_installed("wandb") and not wandb_can_log_in():
-                arguments.offline, arguments.log_model = True, False  # W&B refuses to log models offline
-                rank_zero_only(print)(
-                    "no W&B key found: logging offline; to upload the run: "
-                    f"wandb sync {arguments.save_dir}/wandb/offline-run-*",
-                    file=sys.stderr,
-                )
+            # jsonargparse passes the defaults of wandb.init, which would undo the WandbLogger's own "allow"
+            ways = ("resume", "resume_from", "fork_from")
+            if "WANDB_RESUME" not in os.environ and all(arguments.get(way, "") is None for way in ways):
+                arguments.resume = "allow"
 
     def build(self) -> None:
         """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
@@ -206,7 +199,7 @@ class Config(LightningCLI):
         config = self.config.clone()
         for key in (*RUN_KEYS, "config"):
             config.pop(key, None)
-        _unwrap_strings(config)
+        _make_plain(config)
         with import_policy(self._allowed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", rf"\s*{UNSERIALIZABLE}")
             text = str(self.parser.dump(config, skip_unset=False))  # null may not be the default
@@ -219,13 +212,17 @@ class Config(LightningCLI):
         return dict(yaml.safe_load(self.to_yaml()))
 
 
-def _unwrap_strings(values: Any) -> None:
-    """Put plain strings in the place of those that are members of an enumeration too, which YAML does not have."""
+def _make_plain(values: Any) -> None:
+    """Make values such that YAML holds them, and that they read the same elsewhere and in another process."""
     if isinstance(values, (dict, jsonargparse.Namespace, list)):
         for name, value in list(enumerate(values) if isinstance(values, list) else values.items()):
-            if isinstance(value, str) and type(value) is not str:
+            if isinstance(value, str) and type(value) is not str:  # a member of an enumeration too
                 values[name] = str.__str__(value)
-            _unwrap_strings(value)
+            elif isinstance(value, ArgumentPath):  # relative to where it was read
+                values[name] = type(value)(value.absolute)
+            elif isinstance(value, (set, frozenset)):
+                values[name] = value = sorted(value, key=str)
+            _make_plain(value)
 
 
 def _serialized(content: Any, values: Any) -> Any:
@@ -313,16 +310,6 @@ def reset_unwritten(config: jsonargparse.Namespace, written: set[str], defaults:
             reset_unwritten(value.init_args, written, inner_defaults, inner)
 
 
-def class_defaults(class_path: str) -> dict[str, Any]:
-    """Return the defaults of the arguments of a class, or of a function that makes an object."""
-    module, _, name = class_path.rpartition(".")
-    target = getattr(importlib.import_module(module), name)
-    parser = jsonargparse.ArgumentParser()
-    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
-    add(target, fail_untyped=False)
-    return dict(vars(parser.get_defaults()))
-
-
 def check_trainer(settings: Any) -> None:
     """Refuse, before anything is written, a Trainer that cannot be made on this machine.
 
@@ -335,21 +322,21 @@ def check_trainer(settings: Any) -> None:
         raise UserError("trainer is null in a config, and given keys after it: leave it out of the config")
     accelerators = sorted(AcceleratorRegistry.available_accelerators())
     found = [name for name in accelerators if AcceleratorRegistry[name]["accelerator"].is_available()]
-    for key, valid in (
-        ("accelerator", ["auto", "gpu", *accelerators]),
-        ("strategy", ["auto", *StrategyRegistry.available_strategies()]),
-    ):
+    # there children train, and this process would take the run for one that made no step
+    spawns = r"ddp_(spawn|fork|notebook)\w*|start_method='(spawn|fork)\w*'"
+    if children := re.search(spawns, str(settings.strategy)):
+        raise UserError(f"trainer.strategy: {children[0]} is for a Trainer of your own; by command it is ddp")
+    strategies = [name for name in StrategyRegistry.available_strategies() if not re.match(spawns, name)]
+    for key, valid in (("accelerator", ["auto", "gpu", *accelerators]), ("strategy", ["auto", *strategies])):
         value = settings[key]
         if isinstance(value, str) and value not in valid:
-            raise UserError(f"trainer.{key}: there is no {key} {value}{nearest(value, valid)}")
-    # there children train, and this process would take the run for one that made no step
-    children = re.search(r"ddp_(spawn|fork|notebook)\w*|start_method='(spawn|fork)\w*'", str(settings.strategy))
-    if children:
-        raise UserError(f"trainer.strategy: {children[0]} is for a Trainer of your own; by command it is ddp")
+            is_class = value.endswith(key.title())
+            hint = f"; for a class: --trainer.{key}.class_path {value}" if is_class else nearest(value, valid)
+            raise UserError(f"trainer.{key}: there is no {key} {value}{hint}")
     if isinstance(settings.devices, str) and not re.fullmatch(r"auto|-1|[0-9, ]+", settings.devices):
         raise UserError(f"trainer.devices is {settings.devices}; it must be auto, a number, or a list of numbers")
-    for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
-        if settings[key] is not None and settings[key] < 1:
+    for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        if isinstance(settings[key], int) and settings[key] < 1:
             raise UserError(f"trainer.{key} is {settings[key]}; it must be at least 1")
     wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])
     if isinstance(settings.accelerator, str) and not set(wanted) & set(found):
@@ -368,11 +355,6 @@ def use_torchruns_processes(settings: jsonargparse.Namespace) -> None:
         settings.devices, settings.num_nodes = local, world_size // local
     if settings.strategy == "auto":
         settings.strategy = "ddp"
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package is there; a folder of its name, such as W&B makes, can be imported too."""
-    return any(importlib.metadata.distributions(name=package))
 
 
 def without_missing(loggers: Any) -> Any:
@@ -395,24 +377,6 @@ def without_missing(loggers: Any) -> Any:
                     continue
         kept.append(logger)
     return kept if isinstance(loggers, list) else next(iter(kept), False)
-
-
-def wandb_can_log_in() -> bool:
-    """Return whether W&B has a key, someone to ask for one, or was told not to need one.
-
-    Without asking W&B itself, which would fix its settings before the logger can.
-    """
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or (
-        sys.stdin.isatty() and sys.stderr.isatty()
-    ):
-        return True
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def named_configs(args: list[str]) -> list[str]:
@@ -439,7 +403,7 @@ def config_path(name: str) -> Path:
     """
     if not name:
         raise UserError("--config needs a value")
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     is_path = path.suffix or os.sep in name or (path.exists() and name not in all_names())
     if not is_path:
         path = recipe_path(name)

@@ -11,21 +11,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
 import torch
 import yaml
+from jsonargparse._util import import_object
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchvision.transforms import v2
 
 import lit_basics
-from lit_basics import nets
 from lit_basics.errors import nearest, shortened
-from lit_basics.imports import FLAG
+from lit_basics.imports import FLAG, class_defaults
 from lit_basics.recipes import all_names
 from lit_basics.words import config_names
 
@@ -104,7 +102,7 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
     if match := re.search(r"unrecognized arguments: (\S+)", reason):
         word = match[1].partition("=")[0]
         if word.startswith(("-", "–", "—")):  # some editors make a dash of two hyphens
-            return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), _keys(parser), '--')}"
+            return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), [*_keys(parser), FLAG[2:]], '--')}"
         if word in all_names() or word.endswith((".yaml", ".yml")):
             return f"{word!r} stands alone; did you mean '--config {word}'?"
         return f"{word!r} stands alone; a value follows its --KEY"
@@ -160,6 +158,8 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
     if kinds := _kinds(problem.reasons):
         value = problem.value if len(problem.value) <= 80 else problem.value[:77] + "..."
         value = value or "empty"
+        if "str" in kinds and value[0] in "[{" and not place:  # such as: run: 1
+            return f"{key} is read as YAML, {value}; a --config file takes it as text, in quotes"
         return f"{key} is {value}{place}; it must be {' or '.join(kinds)}"
 
     # such as: invalid syntax (mine.py, line 3), of the class_path mine.Mine
@@ -225,7 +225,9 @@ def _kinds(reasons: list[str]) -> list[str]:
             kinds.append({"Sequence": "a list such as [1, 2]"}.get(match[1], match[1]))
         elif match := re.match(r"Expected a typing\.Literal\[(.+)\]", reason):
             kinds.append(f"one of {match[1]}" if not kinds else match[1])
-        elif match := re.match(r"Not a valid subclass of (\w+)", reason):
+        elif match := re.match(
+            r"(?:Not a valid subclass of|Expected an instantiatable class, but) (?:\w+\.)*(\w+)", reason
+        ):
             kinds += [] if kinds else [f"a class of {match[1]}s, or class_path and init_args"]
         elif match := re.match(r"Expected (.+)", reason):
             kinds.append(match[1])
@@ -283,15 +285,13 @@ def _nearest_key(wrong: str, keys: list[str], prefix: str = "") -> str:
 
 
 def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name)
-        parameters = jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False)
+        kind, names = import_object(class_path), class_defaults(class_path)
     except (AttributeError, ImportError, ValueError, TypeError):
         return []
     # an optimizer gets its parameters, a scheduler its optimizer, not from the config
-    given = ("params", "optimizer") if issubclass(kind, (Optimizer, LRScheduler)) else ()
-    return [name for name in parameters if name not in given]
+    given = ("params", "optimizer") if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler)) else ()
+    return [name for name in names if name not in given]
 
 
 def _classes(key: str) -> Iterable[str]:
@@ -308,15 +308,15 @@ def _classes(key: str) -> Iterable[str]:
         ours = {name: getattr(lit_basics, name) for name in lit_basics.__all__}
         names = {**vars(pl.callbacks), **vars(torch.optim), **ours}
         return [n for n, c in names.items() if isinstance(c, type) and issubclass(c, bases[last])]
-    homes: dict[str, list[ModuleType]] = {
-        "lr_scheduler": [torch.optim.lr_scheduler],
-        "net": [nets, torch.nn],
-        "objective": [nets, torch.nn],
-        "criterion": [torch.nn],
-        "logger": [pl.loggers],
-        "transform": [v2],
+    homes: dict[str, tuple[str, ...]] = {
+        "lr_scheduler": ("torch.optim.lr_scheduler",),
+        "net": ("lit_basics.nets", "torch.nn"),
+        "objective": ("lit_basics.nets", "torch.nn"),
+        "criterion": ("torch.nn",),
+        "logger": ("lightning.pytorch.loggers",),
+        "transform": ("torchvision.transforms.v2",),
     }
-    return [name for module in homes.get(last, []) for name in _classes_of(module.__name__)]
+    return [name for module in homes.get(last, ()) for name in _classes_of(module)]
 
 
 def _classes_of(module: str) -> list[str]:

@@ -20,7 +20,7 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption, let_launcher_leave
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import is_restoring, load_weights, unloadable
+from lit_basics.checkpoint_io import described, is_restoring, load_weights, refused_in
 from lit_basics.config import (
     PRINT,
     Config,
@@ -346,11 +346,11 @@ class _NoProfiler(PassThroughProfiler):
 
 def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) -> None:
     """Refuse what would make every checkpoint of the run one that cannot be loaded, since loads run no code."""
-    for name, value in unloadable(owner.hparams):
+    for keys, value in refused_in({"hyper_parameters": dict(owner.hparams)}, set()):
+        what, advice = described(keys, value)
         raise UserError(
-            f"{type(owner).__name__} saves the hyper-parameter {name}, a {type(value).__name__}, and no run could "
-            "go on from a checkpoint with it (numbers, text and tensors are loaded, in lists and dicts too): "
-            f"save_hyperparameters(ignore=[{name!r}]), or save its str()"
+            f"{type(owner).__name__} saves {what}, a {type(value).__name__}, and no run could go on from a checkpoint "
+            f"with it (numbers, text and tensors are loaded, in lists and dicts too): {advice}"
         )
 
 

@@ -7,7 +7,7 @@ names in the config count, not what the modules behind them import.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,12 +85,13 @@ def _lies_in(name: str, folder: Path) -> bool:
     return bool(inside) and all(inside)
 
 
-def check_functions(config: Any, defaults_of: Callable[[str], dict[str, Any]], owner: str = "", key: str = "") -> None:
+def check_functions(config: Any, owner: str = "", key: str = "") -> None:
     """Refuse a function of a library where that is not one of :data:`FUNCTIONS`, before anything is called.
+
+    The code itself may use any function as a default.
 
     Args:
         config: A parsed configuration, or a value in one.
-        defaults_of: Returns the defaults of a class's arguments; the code itself may use any function.
         owner: The class whose argument this is.
         key: The argument's dotted key.
 
@@ -108,12 +109,21 @@ def check_functions(config: Any, defaults_of: Callable[[str], dict[str, Any]], o
                     raise UserError(f"{key}: {path}: {error}") from error
         for name, value in (vars(config) if isinstance(config, jsonargparse.Namespace) else config).items():
             inner = key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".strip(".")
-            check_functions(value, defaults_of, owner, inner)
+            check_functions(value, owner, inner)
     elif isinstance(config, (list, tuple, set)):
         for value in config:
-            check_functions(value, defaults_of, owner, key)
-    elif inspect.isroutine(config) and not (owner and config is defaults_of(owner).get(key.rpartition(".")[2])):
+            check_functions(value, owner, key)
+    elif inspect.isroutine(config) and not (owner and config is class_defaults(owner).get(key.rpartition(".")[2])):
         _check_function(config, f"{config.__module__}.{config.__qualname__}", key)
+
+
+def class_defaults(class_path: str) -> dict[str, Any]:
+    """Return the defaults of the arguments of a class, or of a function that makes an object."""
+    target = import_object(class_path)
+    parser = jsonargparse.ArgumentParser()
+    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
+    add(target, fail_untyped=False)
+    return dict(vars(parser.get_defaults()))
 
 
 def _check_function(target: Any, path: str, key: str) -> None:

@@ -34,8 +34,8 @@ def taken(args: list[str], *names: str) -> tuple[list[str], list[str]]:
 
 
 def config_names(args: list[str]) -> list[str]:
-    """Return what was given as ``--config``."""
-    return taken(args, *CONFIG_FLAGS)[0]
+    """Return what was given as ``--config``, its ``~`` expanded."""
+    return [os.path.expanduser(name) for name in taken(args, *CONFIG_FLAGS)[0]]
 
 
 def option(args: list[str], name: str) -> str | None:

@@ -22,12 +22,15 @@ def verify_config(args: list[str]) -> None:
     for name in ("--run_dir", "--resume", "--ckpt_path"):
         if option(args, name) is not None:
             raise UserError(f"verify takes no {name}: it starts anew, and writes into a temporary folder only")
+    for name in ("--check", "--step"):
+        if option(args, name) is not None:
+            raise UserError(f"there is no option {name}; did you mean '{name}s'?")
     config = Config(args)
     config.config.trainer.logger = False
     config.build()
     arguments = dict(config.trainer_arguments)
     arguments["callbacks"] = [*with_guard(config, as_list(arguments["callbacks"])), RandomState()]
-    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], min_seconds=0)
+    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
     report = verify(
         config.model,
         datamodule=config.datamodule,
