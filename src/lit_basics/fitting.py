@@ -1,7 +1,6 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
 import contextlib
-import math
 import signal
 import sys
 import traceback
@@ -46,7 +45,6 @@ from lit_basics.resuming import (
     RestoredRate,
     ResumedData,
     changed_arguments,
-    check_arguments,
     check_changes,
     find_run,
     flat,
@@ -71,12 +69,15 @@ def fit(args: list[str]) -> None:
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     with contextlib.ExitStack() as stack:
         place = found[0] if found else Path(run_dir or "")
-        if resume and (found or (run_dir and place.is_dir())):
-            if stack.enter_context(held(place, PATIENCE)):
-                found = find_run(resume, str(place) if resume == "auto" else run_dir, run_name(args))
-            config, directory, made = _new_or_resumed(args, found)
+        waits = resume and (found or (run_dir and place.is_dir()))
+        if resume and waits and stack.enter_context(held(place, PATIENCE)):
+            found = find_run(resume, str(place) if resume == "auto" else run_dir, run_name(args))
+        made: list[Path] = []
+        if resume and found:
+            config, directory = _resumed(args, resume, run_dir, *found), found[0]
         else:
-            config, directory, made = _new_or_resumed(args, None)
+            config, directory, made = _new(args, resume, run_dir)
+        if not waits:
             stack.enter_context(held(directory))
         _fit(config, directory, made)
 
@@ -116,7 +117,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise KeyboardInterrupt from error
     except NonFiniteError as error:
         failed = True
-        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory, trainer)}", file=sys.stderr)
+        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
         if trainer is not None and trainer.world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             let_launcher_leave(trainer.world_size)
@@ -161,62 +162,55 @@ def has_trained(trainer: pl.Trainer) -> bool:
     return any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _after_non_finite(directory: Path, trainer: pl.Trainer | None) -> str:
+def _after_non_finite(directory: Path) -> str:
     last = directory / "checkpoints" / "last.ckpt"
     if not last.exists():
         return f"no checkpoint was written before; the rows are in {directory}"
-    good, command = f"the last good state is {last}; to go on from it", f"lit_basics fit --resume {directory}"
-    if trainer is not None and f"{OPTIMIZER}lr" in flat(read_config(directory / "config.yaml")):
-        with contextlib.suppress(UserError):
-            check_arguments(trainer, {"lr": math.nan})
-            return f"{good} with another learning rate: {command} --model.optimizer.lr ..."
-    return f"{good}: {command}"
+    how, words = "", f"lit_basics fit --resume {directory}"
+    if f"{OPTIMIZER}lr" in flat(read_config(directory / "config.yaml")):
+        how, words = " with another learning rate", f"{words} --model.optimizer.lr ..."
+    return f"the last good state is {last}; to go on from it{how}: {words}"
 
 
-def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[Config, Path, list[Path]]:
-    """Return the configuration, the run's directory, and what was made for it.
-
-    Args:
-        args: The words of the command line.
-        found: The directory and the checkpoint of the run to go on with, if there is one.
-    """
-    if found is None:
-        resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
-        config = Config(args)
-        chosen = config.config.ckpt_path
-        if chosen in ("best", "last"):
-            raise UserError(f"--ckpt_path {chosen}: fit takes a file here, such as RUN/checkpoints/{chosen}.ckpt")
-        if chosen is not None:
-            config.config.ckpt_path = str(checkpoint_path(chosen, None))
-        check_own_configs(args, run_dir)
-        directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
-        if resume is not None:
-            print(f"there is no run to resume: starting afresh in {directory}")
-    else:
-        (directory, checkpoint), made = found, []
-        check_writable(directory)
-        own, own_directory = ["--config", str(directory / "config.yaml")], option(args, "--run_dir") is not None
-        saved = read_config(directory / "config.yaml")
-        # before the run's own, which seeds the process
-        typed = typed_settings([*own, *args], saved) if config_names(args) else {}
-        words = taken(args, *CONFIG_FLAGS)[1]  # the run has its own config
-        config = Config([*own, *words])
-        config.drop_repeated(saved)
-        now = config.to_dict()
-        written = written_keys(words, config.config)
-        # which may be older than what was typed since, or than an edit of config.yaml
-        trained = {**flat(saved), **trained_optimizer(checkpoint)}
-        config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
-        tell_of_unread(typed, flat(now), directory, chosen=option(args, "--resume") != "auto" or own_directory)
-        if config.config.ckpt_path is not None:
-            chosen = f"--ckpt_path {config.config.ckpt_path}"
-            if option(args, "--resume") != "auto":
-                raise UserError(f"{chosen} beside --resume, whose checkpoint is {checkpoint}: leave one out")
-            rank_zero_only(print)(f"the run goes on from {checkpoint}, not from {chosen}")
-        config.config.ckpt_path = str(checkpoint)
-        config.resumed = True
-        share(directory)
+def _new(args: list[str], resume: str | None, run_dir: str | None) -> tuple[Config, Path, list[Path]]:
+    """Return a new run's configuration, its directory, and what was made for it."""
+    config = Config(args)
+    chosen = config.config.ckpt_path
+    if chosen in ("best", "last"):
+        raise UserError(f"--ckpt_path {chosen}: fit takes a file here, such as RUN/checkpoints/{chosen}.ckpt")
+    if chosen is not None:
+        config.config.ckpt_path = str(checkpoint_path(chosen, None))
+    check_own_configs(args, run_dir)
+    directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
+    if resume is not None:
+        print(f"there is no run to resume: starting afresh in {directory}")
     return config, directory, made
+
+
+def _resumed(args: list[str], resume: str, run_dir: str | None, directory: Path, checkpoint: Path) -> Config:
+    """Return the configuration by which the run in a directory goes on from a checkpoint."""
+    check_writable(directory)
+    own, saved = ["--config", str(directory / "config.yaml")], read_config(directory / "config.yaml")
+    # before the run's own, which seeds the process
+    typed = typed_settings([*own, *args], saved) if config_names(args) else {}
+    words = taken(args, *CONFIG_FLAGS)[1]  # the run has its own config
+    config = Config([*own, *words])
+    config.drop_repeated(saved)
+    now = config.to_dict()
+    written = written_keys(words, config.config)
+    # which may be older than what was typed since, or than an edit of config.yaml
+    trained = {**flat(saved), **trained_optimizer(checkpoint)}
+    config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
+    tell_of_unread(typed, flat(now), directory, chosen=resume != "auto" or run_dir is not None)
+    if config.config.ckpt_path is not None:
+        chosen = f"--ckpt_path {config.config.ckpt_path}"
+        if resume != "auto":
+            raise UserError(f"{chosen} beside --resume, whose checkpoint is {checkpoint}: leave one out")
+        rank_zero_only(print)(f"the run goes on from {checkpoint}, not from {chosen}")
+    config.config.ckpt_path = str(checkpoint)
+    config.resumed = True
+    share(directory)
+    return config
 
 
 def run_name(args: list[str]) -> str:
