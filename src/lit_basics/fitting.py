@@ -5,12 +5,13 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -99,15 +100,19 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         done = trainer.fit_loop.max_batches and not trainer.fast_dev_run and not has_trained(trainer)  # type: ignore[attr-defined]
         if ckpt_path and done:
             longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
-            step, advice = trainer.global_step, f"--trainer.{longer} makes it longer"
+            end = f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
+            times = (c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+            if any(time is not None and time <= 0 for time in times):  # which counts all that was trained before
+                longer = "--trainer.max_time makes it longer, null lifts it"
+                end = f"max_time is used up at step {trainer.global_step}; {longer}"
             if not config.resumed:
                 remove_traces(made)
-                raise UserError(f"{ckpt_path} stands at step {step}, where this run would end: {advice}")
-            rank_zero_only(print)(f"the run is complete at step {step}; {advice}")
+                raise UserError(f"there is nothing to train from {ckpt_path} on: {end}")
+            rank_zero_only(print)(end)
     except Preempted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
         saved = (directory / "checkpoints" / "last.ckpt").exists()
-        how = f"the state is saved; go on with --resume {directory}" if saved else "before the first step"
+        how = f"the state is saved; go on with --resume {quote(str(directory))}" if saved else "before the first step"
         rank_zero_only(print)(f"\nstopped by a signal, {how}", file=sys.stderr)
         raise
     except SystemExit as error:
@@ -141,7 +146,9 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise
     finally:
         finish_wandb(trainer.loggers if trainer is not None else [], failed)
-    if trainer.is_global_zero:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        remove_traces(made)
+    elif trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
         if best is not None and best.best_model_score is not None:
@@ -166,7 +173,7 @@ def _after_non_finite(directory: Path) -> str:
     last = directory / "checkpoints" / "last.ckpt"
     if not last.exists():
         return f"no checkpoint was written before; the rows are in {directory}"
-    how, words = "", f"lit_basics fit --resume {directory}"
+    how, words = "", f"lit_basics fit --resume {quote(str(directory))}"
     if f"{OPTIMIZER}lr" in flat(read_config(directory / "config.yaml")):
         how, words = " with another learning rate", f"{words} --model.optimizer.lr ..."
     return f"the last good state is {last}; to go on from it{how}: {words}"
@@ -183,7 +190,7 @@ def _new(args: list[str], resume: str | None, run_dir: str | None) -> tuple[Conf
     check_own_configs(args, run_dir)
     directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
     if resume is not None:
-        print(f"there is no run to resume: starting afresh in {directory}")
+        rank_zero_only(print)(f"there is no run to resume: starting afresh in {directory}")
     return config, directory, made
 
 
@@ -264,7 +271,7 @@ def tell_of_unread(typed: dict[str, Any], own: dict[str, Any], directory: Path, 
                 f"{typed[f'{kind}.class_path']}: name the run's own --run_dir"
             )
     if keys:
-        named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", …" if keys[3:] else "")
+        named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", ..." if keys[3:] else "")
         rank_zero_only(print)(f"the run goes on with its own config.yaml; what --config names has another {named}")
 
 
@@ -365,7 +372,7 @@ class _RunFiles(pl.Callback):
             if isinstance(logger, MetricsCSV):
                 logger.cut_back(last_row(trainer))
         text = self._text = self.config.to_yaml()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with replace_file(self.directory / "config.yaml") as file:
                 file.write(text.encode())
         for logger in trainer.loggers:
