@@ -57,8 +57,7 @@ class LitWhitened(LitClassifier):
             if not net.whitened:
                 covariance = patch_covariance(images)
                 if distributed.is_initialized():
-                    distributed.all_reduce(covariance)
-                    covariance /= distributed.get_world_size()
+                    covariance = self.trainer.strategy.reduce(covariance, reduce_op="mean")
                 net.whiten_(covariance)
             self._seen[net] = filters._version
 
@@ -250,7 +249,7 @@ class LitSpeedNet(LitWhitened):
         """Keep the loss of each image, of those of all ranks."""
         losses = cross_entropy(logits, y, reduction="none", label_smoothing=self.label_smoothing).to(self.losses)
         if distributed.is_initialized():
-            index, losses = of_all_ranks(index), of_all_ranks(losses)
+            index, losses = self.all_gather((index, losses))
         self.losses[index] = losses
 
 
@@ -263,13 +262,6 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-def of_all_ranks(tensor: Tensor) -> Tensor:
-    """Return the tensors of all ranks, which are of one shape, one after the other."""
-    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, tensor)
-    return torch.cat(parts)
 
 
 def with_or_without_losses(module: LitSpeedNet, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
