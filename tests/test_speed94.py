@@ -8,7 +8,8 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Weights, assert_equal, quiet_trainer
+from helpers import Weights, assert_equal
+from speed_runs import BATCH, EPOCHS, IMAGES, fit, images, same_batches, whitening
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -29,38 +30,6 @@ from lit_basics.errors import UserError
 from lit_basics.nets import patch_covariance
 
 WIDTHS = (8, 16, 16)
-EPOCHS, BATCH, IMAGES = 4, 32, 96
-
-
-def images(**kwargs):
-    return SyntheticCIFAR10(
-        IMAGES, 20, **{"batch_size": BATCH, "val_size": 0, "crop": 2, "flip": "alternating", "drop_last": True} | kwargs
-    )
-
-
-def fit(model, data, *callbacks, train_dataloaders=None, **settings):
-    trainer = quiet_trainer(*callbacks, **{"max_epochs": EPOCHS, **settings})
-    trainer.fit(model, train_dataloaders, datamodule=data)
-    return trainer
-
-
-def same_batches(monkeypatch, **kwargs):
-    """Return data, and the batches that it gives in every epoch from here on."""
-    data = images(crop=0, flip=False, **kwargs)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(0)
-    batches = list(loader)
-    monkeypatch.setattr(type(loader), "__iter__", lambda self: iter(batches))
-    return data, batches
-
-
-def whitening(x):
-    patches = torch.stack([x[:, :, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], 2)  # (N, C, 4, 31, 31)
-    patches = patches.permute(0, 3, 4, 1, 2).reshape(-1, 12)
-    values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
-    filters = torch.stack([vectors[:, i] / (values[i] + 5e-4).sqrt() for i in range(12)]).view(12, 3, 2, 2)
-    return torch.cat([filters, -filters])
 
 
 def written_out(net, batches, epochs, hardest):
