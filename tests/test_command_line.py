@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -311,7 +312,8 @@ def test_a_terminal_that_goes_away_ends_no_run(words, tmp_path):
 
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path):
     """Without it the run ends in an OSError, with nothing saved; what is asked for may fail."""
-    for words, ends in (["recipes"], False), (["fit", *SMALL, "--run_dir", "run"], True):
+    printed = ["fit", *SMALL, "--print_config"]
+    for words, ends in (["recipes"], False), (printed, False), (["fit", *SMALL, "--run_dir", "run"], True):
         with open("/dev/full", "w") as full:
             done = subprocess.run([sys.executable, "-m", "lit_basics", *words], stdout=full, stderr=full)
         assert (done.returncode == 0) == ends
@@ -319,11 +321,12 @@ def test_a_log_on_a_full_disk_ends_no_run(tmp_path):
 
 
 def test_a_letter_that_the_output_does_not_have_ends_no_run():
-    """Without ``backslashreplace`` it is an error."""
-    command = [sys.executable, "-m", "lit_basics", "recipes", "objective-square"]
+    """Without ``backslashreplace`` it is an error; a config, which is for a file, is not changed."""
+    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL, "--trainer.default_root_dir", "läufe"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.startswith(r"# w = (x + y)\xb2 at")
+    run = partial(subprocess.run, capture_output=True, text=True, env=environment)
+    assert r"run directory: l\xe4ufe" in run([*command, "--run_dir", "läufe"], check=True).stdout
+    assert run([*command, "--print_config"]).returncode == 2
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])

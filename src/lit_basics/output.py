@@ -33,12 +33,11 @@ class _Kept(io.FileIO):
 
 
 def outlive_readers(trains: bool) -> None:
-    """Let no write to the process's own output fail because nobody reads it, or because its encoding lacks a letter.
-
-    Nothing is read from a closed input.
+    """Let no write to the process's own output fail because nobody reads it; nothing is read from a closed input.
 
     Args:
-        trains: Whether no write is to fail because the disk is full, either: a training's log is not its result.
+        trains: Whether none is to fail because the disk is full or the encoding lacks a letter, either: what a training
+            prints is not its result.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed: the next file to be opened would be in its place
@@ -61,4 +60,5 @@ def outlive_readers(trains: bool) -> None:
         kept.passed_over = passed_over
         buffer = kept if isinstance(old.buffer, io.FileIO) else io.BufferedWriter(kept)  # python -u has none
         lines = {"line_buffering": old.line_buffering, "write_through": old.write_through}
-        setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, "backslashreplace", **lines))
+        errors = "backslashreplace" if trains else old.errors
+        setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, errors, **lines))
