@@ -25,7 +25,7 @@ from common import prepared
 from torch import Tensor, nn
 
 from lit_basics.running import quiet
-from lit_basics.speed import has_bfloat16
+from lit_basics.whitened import has_bfloat16
 
 BATCH = 2000
 DTYPE = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32

@@ -15,7 +15,7 @@ ROOMS = {
     "callbacks": "Callbacks and checkpoints",
     "loggers": "Loggers",
     "optim": "Optimizers",
-    "speed": "speed94",
+    "speed94": "speed94",
     "speed96": "speed96",
     "checkpoint_io": "Checkpoint files",
     "soft_loggers": "Loggers that fail soft",

@@ -580,9 +580,9 @@ def test_a_checkpoint_of_a_run_that_is_done(refused, trained):
     """Without ``has_trained`` an empty directory is made, and the exit code is 0."""
     checkpoint = trained / "checkpoints" / "last.ckpt"
     words = [*QUICK, *SMALL, "--ckpt_path", checkpoint]
-    refused(words, "stands at step 2, where this run would end", "max_epochs")
+    refused(words, "nothing to train from", "complete at step 2; --trainer.max_epochs makes it longer")
     more = ["--trainer.max_epochs", "9", "--trainer.max_steps", "2"]
-    refused([*words, *more], "stands at step 2, where this run would end", "max_steps")
+    refused([*words, *more], "nothing to train from", "complete at step 2; --trainer.max_steps makes it longer")
 
 
 @pytest.mark.parametrize("words", [["--resume", ""], ["--resume="], ["--run_dir", ""]])

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -217,6 +218,15 @@ def test_test_validate_and_predict_take_a_run(tmp_path, capsys):
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
+def test_a_dry_run_does_not_block_the_real_one(tmp_path):
+    """Without it ``config.yaml`` stays, and the directory holds a run."""
+    for place in ([], ["--run_dir", "run"]):
+        assert main(["fit", *SMALL, *place, "--trainer.fast_dev_run", "true"]) == 0
+        assert files(tmp_path) == []
+    fit(*SMALL)
+    assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
+
+
 def test_the_best_weights_load_in_bare_torch(tmp_path):
     run = fit(*SMALL)
     code = (
@@ -347,6 +357,25 @@ def test_a_terminal_that_goes_away_ends_no_run(words, tmp_path):
     assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
 
 
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path):
+    """Without it the run ends in an OSError, with nothing saved; what is asked for may fail."""
+    printed = ["fit", *SMALL, "--print_config"]
+    for words, ends in (["recipes"], False), (printed, False), (["fit", *SMALL, "--run_dir", "run"], True):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "lit_basics", *words], stdout=full, stderr=full)
+        assert (done.returncode == 0) == ends
+    assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
+
+
+def test_a_letter_that_the_output_does_not_have_ends_no_run():
+    """Without ``backslashreplace`` it is an error; a config, which is for a file, is not changed."""
+    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL, "--trainer.default_root_dir", "läufe"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = partial(subprocess.run, capture_output=True, text=True, env=environment)
+    assert r"run directory: l\xe4ufe" in run([*command, "--run_dir", "läufe"], check=True).stdout
+    assert run([*command, "--print_config"]).returncode == 2
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_end_no_run(closed, tmp_path):
     words = " ".join([*SMALL, "--trainer.enable_progress_bar", "true", "--run_dir", "run"])
@@ -418,6 +447,7 @@ def test_files_named_in_a_config_count_as_written(tmp_path):
 
 
 OWN = """
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lit_basics import LitLeNet5, SyntheticCIFAR10
 
@@ -429,6 +459,19 @@ class Data(SyntheticCIFAR10):
 class Silent(LitLeNet5):
     def test_step(self, batch, batch_idx):
         pass
+
+class Exact(LitLeNet5):
+    def predict_step(self, batch, batch_idx):
+        return self.value.repeat(len(batch[0]))
+
+class Doubles(Exact):
+    value = torch.tensor(1 + 1e-12, dtype=torch.float64)
+
+class Numbers(Exact):
+    value = torch.tensor(2**24 + 1)
+
+class Brains(Exact):
+    value = torch.tensor(1.5, dtype=torch.bfloat16)
 
 class Words(DummyLogger):
     def __init__(self, prefix: str = "x"):
@@ -454,6 +497,19 @@ def test_a_logger_without_a_folder_and_a_test_that_logs_nothing(own, capsys):
     capsys.readouterr()
     assert main(["test", "--run_dir", str(run)]) == 0
     assert capsys.readouterr().out == "Silent logs no metric\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "value"),
+    [("Doubles", "float64", 1 + 1e-12), ("Numbers", "int64", 2**24 + 1), ("Brains", "float32", 1.5)],
+)
+def test_predictions_keep_their_dtype(name, dtype, value, own):
+    """As float32 the first two are 1 and 2**24."""
+    run = fit(*SMALL, "--model", f"{own}.{name}")
+    assert main(["predict", "--run_dir", str(run)]) == 0
+    with np.load(run / "predictions.npz") as file:
+        assert file["outputs"].dtype == dtype
+        assert set(file["outputs"].tolist()) == {value}
 
 
 def test_the_directory_of_a_run_is_typed(tmp_path, capsys):

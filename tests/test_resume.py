@@ -310,6 +310,21 @@ def test_without_last_ckpt_auto_goes_on_from_the_best(tmp_path, capsys):
     assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
+def test_auto_does_not_begin_anew_over_checkpoints_of_ones_own(tmp_path, capsys):
+    """Without the refusal ``metrics.csv`` and ``config.yaml`` are those of a new run."""
+    words = [*SMALL, "--trainer.max_epochs", "2", "--last_checkpoint", "false", "--best_checkpoint", "false"]
+    run, own = tmp_path / "my run", ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    fit(*words, *own, run_dir=run)
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["fit", *words, "--run_dir", str(run), "--resume", "auto"]) == 2
+    newest = str(run / "checkpoints" / "epoch=1-step=16.ckpt")
+    assert f"go on with --resume '{newest}', or name another --run_dir" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    assert main(["fit", "--resume", newest, "--trainer.max_epochs", "3"]) == 0
+    assert list(metrics(run)) == list(range(1, 25))
+
+
 def test_auto_takes_the_run_that_was_saved_last_whatever_its_name(tmp_path):
     """Without the sort by time ``zzz`` is taken, whose name comes last."""
     for name in ("zzz", "2026-01-01_00-00-00"):
@@ -397,6 +412,21 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
         assert main(["fit", "--resume", "run", *more]) == 0
         assert f"the run is complete at step 8; --trainer.{longer} makes it longer" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_has_used_up_its_time(tmp_path, capsys):
+    """Without the look at the Timer it is said to be complete, and that more epochs make it longer."""
+    fit(*SMALL, "--trainer.max_epochs", "2", "--trainer.max_steps", "10", "--trainer.max_time", "01:00:00:00")
+    said = "max_time is used up at step 10; --trainer.max_time makes it longer, null lifts it"
+    capsys.readouterr()
+    more, time = ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1"], ["--trainer.max_time", "00:00:00:00"]
+    assert main(["fit", "--resume", "run", *more, *time]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["fit", *SMALL, "--ckpt_path", "run/checkpoints/last.ckpt", "--run_dir", "other", *more, *time]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="add the following callbacks: \\['Timer'\\]"):
+        assert main(["fit", "--resume", "run", *more, "--trainer.max_time", "null"]) == 0
+    assert newest(tmp_path / "run")["global_step"] == 24
 
 
 def test_a_new_learning_rate_wins_over_the_checkpoint(tmp_path, capsys):

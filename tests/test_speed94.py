@@ -8,7 +8,8 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Weights, assert_equal, quiet_trainer
+from helpers import Weights, assert_equal
+from speed_runs import BATCH, EPOCHS, IMAGES, fit, images, same_batches, whitening
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
@@ -29,38 +30,6 @@ from lit_basics.errors import UserError
 from lit_basics.nets import patch_covariance
 
 WIDTHS = (8, 16, 16)
-EPOCHS, BATCH, IMAGES = 4, 32, 96
-
-
-def images(**kwargs):
-    return SyntheticCIFAR10(
-        IMAGES, 20, **{"batch_size": BATCH, "val_size": 0, "crop": 2, "flip": "alternating", "drop_last": True} | kwargs
-    )
-
-
-def fit(model, data, *callbacks, train_dataloaders=None, **settings):
-    trainer = quiet_trainer(*callbacks, **{"max_epochs": EPOCHS, **settings})
-    trainer.fit(model, train_dataloaders, datamodule=data)
-    return trainer
-
-
-def same_batches(monkeypatch, **kwargs):
-    """Return data, and the batches that it gives in every epoch from here on."""
-    data = images(crop=0, flip=False, **kwargs)
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.sampler.set_epoch(0)
-    batches = list(loader)
-    monkeypatch.setattr(type(loader), "__iter__", lambda self: iter(batches))
-    return data, batches
-
-
-def whitening(x):
-    patches = torch.stack([x[:, :, i : i + 31, j : j + 31] for i in (0, 1) for j in (0, 1)], 2)  # (N, C, 4, 31, 31)
-    patches = patches.permute(0, 3, 4, 1, 2).reshape(-1, 12)
-    values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
-    filters = torch.stack([vectors[:, i] / (values[i] + 5e-4).sqrt() for i in range(12)]).view(12, 3, 2, 2)
-    return torch.cat([filters, -filters])
 
 
 def written_out(net, batches, epochs, hardest):
@@ -125,6 +94,49 @@ def test_the_recipe_equals_the_one_written_out(hardest, monkeypatch):
     for (name, value), expected in zip(model.net.state_dict().items(), net.state_dict().values(), strict=True):
         if "num_batches" not in name:
             assert (value - expected).abs().max() < 1e-10, name
+
+
+RANKS = """
+import lightning.pytorch as pl, torch
+from torch.nn.functional import cross_entropy
+from lit_basics import LitSpeedNet, SyntheticCIFAR10
+
+class Kept(LitSpeedNet):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 0:
+            torch.save(batch[0], f"images{self.global_rank}.pt")
+        return super().training_step(batch, batch_idx)
+
+    def keep_losses(self, index, logits, y):
+        super().keep_losses(index, logits, y)
+        own = cross_entropy(logits, y, reduction="none", label_smoothing=0.2)
+        assert torch.equal(self.losses[index], own.to(self.losses))
+
+if __name__ == "__main__":
+    pl.seed_everything(0)
+    model = Kept(widths=(8, 16, 16), resolutions=[], hardest=[1, 0.5])
+    data = SyntheticCIFAR10(96, 20, batch_size=32, val_size=0, with_indices=True)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model, data)
+    torch.save((model.losses, model.net.whiten.weight.detach()), f"trained{trainer.global_rank}.pt")
+    trainer.strategy.barrier()
+"""
+
+
+def test_two_ranks_keep_the_losses_and_whiten_by_the_images_of_both(tmp_path):
+    """Without the exchange each rank knows the losses of its own images only, and whitens by those."""
+    (tmp_path / "script.py").write_text(RANKS)
+    subprocess.run([sys.executable, "script.py"], check=True, timeout=100)
+    seen = torch.cat([torch.load(f"images{rank}.pt") for rank in (0, 1)])
+    assert len(seen) == BATCH
+    for rank in (0, 1):
+        losses, filters = torch.load(f"trained{rank}.pt")
+        assert torch.equal(losses < 1e4, torch.arange(len(losses)) < IMAGES)
+        assert torch.equal(losses, torch.load("trained0.pt")[0])
+        assert torch.allclose(
+            filters.abs(), whitening(seen).float().abs(), rtol=1e-3, atol=1e-3
+        )  # each has its negative
 
 
 def test_it_passes_verify():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import fit as fit_by_command
 from helpers import metrics
-from test_speed94 import BATCH, EPOCHS, fit, images, same_batches, whitening
+from speed_runs import BATCH, EPOCHS, fit, images, same_batches, whitening
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR

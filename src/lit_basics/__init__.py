@@ -31,7 +31,7 @@ _PUBLIC = {
     "LitLeNet5": "modules",
     "LitLinearRegression": "modules",
     "LitObjective": "modules",
-    "LitSpeedNet": "speed",
+    "LitSpeedNet": "speed94",
     "LitSpeedNet96": "speed96",
     "LitSupervised": "modules",
     "LookaheadLR": "optim",

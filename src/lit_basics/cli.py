@@ -45,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit code, as docs/command-line.md lists them."""
     if args is None:
         args = sys.argv[1:]
-        outlive_readers()
+        outlive_readers(trains=args[:1] == ["fit"] and "--print_config" not in args)
     try:
         return _dispatch(args)
     except UserError as error:

@@ -90,7 +90,8 @@ def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, An
     if other is not None:
         kind = type(other).__name__
         raise UserError(f"{type(model).__name__}.predict_step returns a {kind}; predict writes one tensor a batch")
-    outputs = torch.cat(batches).float().numpy()
+    tensor = torch.cat(batches)
+    outputs = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()  # which NumPy lacks
     arrays = {"outputs": outputs}
     if outputs.ndim == 2:
         arrays["classes"] = outputs.argmax(1)

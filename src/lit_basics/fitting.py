@@ -1,17 +1,17 @@
 """``fit``: a new or a resumed run, with what the command line adds to every run."""
 
 import contextlib
-import math
 import signal
 import sys
 import traceback
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -46,7 +46,6 @@ from lit_basics.resuming import (
     RestoredRate,
     ResumedData,
     changed_arguments,
-    check_arguments,
     check_changes,
     find_run,
     flat,
@@ -71,12 +70,15 @@ def fit(args: list[str]) -> None:
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     with contextlib.ExitStack() as stack:
         place = found[0] if found else Path(run_dir or "")
-        if resume and (found or (run_dir and place.is_dir())):
-            if stack.enter_context(held(place, PATIENCE)):
-                found = find_run(resume, str(place) if resume == "auto" else run_dir, run_name(args))
-            config, directory, made = _new_or_resumed(args, found)
+        waits = resume and (found or (run_dir and place.is_dir()))
+        if resume and waits and stack.enter_context(held(place, PATIENCE)):
+            found = find_run(resume, str(place) if resume == "auto" else run_dir, run_name(args))
+        made: list[Path] = []
+        if resume and found:
+            config, directory = _resumed(args, resume, run_dir, *found), found[0]
         else:
-            config, directory, made = _new_or_resumed(args, None)
+            config, directory, made = _new(args, resume, run_dir)
+        if not waits:
             stack.enter_context(held(directory))
         _fit(config, directory, made)
 
@@ -98,15 +100,19 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         done = trainer.fit_loop.max_batches and not trainer.fast_dev_run and not has_trained(trainer)  # type: ignore[attr-defined]
         if ckpt_path and done:
             longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
-            step, advice = trainer.global_step, f"--trainer.{longer} makes it longer"
+            end = f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
+            times = (c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+            if any(time is not None and time <= 0 for time in times):  # which counts all that was trained before
+                longer = "--trainer.max_time makes it longer, null lifts it"
+                end = f"max_time is used up at step {trainer.global_step}; {longer}"
             if not config.resumed:
                 remove_traces(made)
-                raise UserError(f"{ckpt_path} stands at step {step}, where this run would end: {advice}")
-            rank_zero_only(print)(f"the run is complete at step {step}; {advice}")
+                raise UserError(f"there is nothing to train from {ckpt_path} on: {end}")
+            rank_zero_only(print)(end)
     except Preempted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to those that still leave
         saved = (directory / "checkpoints" / "last.ckpt").exists()
-        how = f"the state is saved; go on with --resume {directory}" if saved else "before the first step"
+        how = f"the state is saved; go on with --resume {quote(str(directory))}" if saved else "before the first step"
         rank_zero_only(print)(f"\nstopped by a signal, {how}", file=sys.stderr)
         raise
     except SystemExit as error:
@@ -116,7 +122,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise KeyboardInterrupt from error
     except NonFiniteError as error:
         failed = True
-        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory, trainer)}", file=sys.stderr)
+        rank_zero_only(print)(f"\nlit_basics: {error}\n{_after_non_finite(directory)}", file=sys.stderr)
         if trainer is not None and trainer.world_size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             let_launcher_leave(trainer.world_size)
@@ -140,7 +146,9 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise
     finally:
         finish_wandb(trainer.loggers if trainer is not None else [], failed)
-    if trainer.is_global_zero:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        remove_traces(made)
+    elif trainer.is_global_zero:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
         if best is not None and best.best_model_score is not None:
@@ -161,62 +169,55 @@ def has_trained(trainer: pl.Trainer) -> bool:
     return any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _after_non_finite(directory: Path, trainer: pl.Trainer | None) -> str:
+def _after_non_finite(directory: Path) -> str:
     last = directory / "checkpoints" / "last.ckpt"
     if not last.exists():
         return f"no checkpoint was written before; the rows are in {directory}"
-    good, command = f"the last good state is {last}; to go on from it", f"lit_basics fit --resume {directory}"
-    if trainer is not None and f"{OPTIMIZER}lr" in flat(read_config(directory / "config.yaml")):
-        with contextlib.suppress(UserError):
-            check_arguments(trainer, {"lr": math.nan})
-            return f"{good} with another learning rate: {command} --model.optimizer.lr ..."
-    return f"{good}: {command}"
+    how, words = "", f"lit_basics fit --resume {quote(str(directory))}"
+    if f"{OPTIMIZER}lr" in flat(read_config(directory / "config.yaml")):
+        how, words = " with another learning rate", f"{words} --model.optimizer.lr ..."
+    return f"the last good state is {last}; to go on from it{how}: {words}"
 
 
-def _new_or_resumed(args: list[str], found: tuple[Path, Path] | None) -> tuple[Config, Path, list[Path]]:
-    """Return the configuration, the run's directory, and what was made for it.
-
-    Args:
-        args: The words of the command line.
-        found: The directory and the checkpoint of the run to go on with, if there is one.
-    """
-    if found is None:
-        resume, run_dir = option(args, "--resume"), path_option(args, "--run_dir")
-        config = Config(args)
-        chosen = config.config.ckpt_path
-        if chosen in ("best", "last"):
-            raise UserError(f"--ckpt_path {chosen}: fit takes a file here, such as RUN/checkpoints/{chosen}.ckpt")
-        if chosen is not None:
-            config.config.ckpt_path = str(checkpoint_path(chosen, None))
-        check_own_configs(args, run_dir)
-        directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
-        if resume is not None:
-            print(f"there is no run to resume: starting afresh in {directory}")
-    else:
-        (directory, checkpoint), made = found, []
-        check_writable(directory)
-        own, own_directory = ["--config", str(directory / "config.yaml")], option(args, "--run_dir") is not None
-        saved = read_config(directory / "config.yaml")
-        # before the run's own, which seeds the process
-        typed = typed_settings([*own, *args], saved) if config_names(args) else {}
-        words = taken(args, *CONFIG_FLAGS)[1]  # the run has its own config
-        config = Config([*own, *words])
-        config.drop_repeated(saved)
-        now = config.to_dict()
-        written = written_keys(words, config.config)
-        # which may be older than what was typed since, or than an edit of config.yaml
-        trained = {**flat(saved), **trained_optimizer(checkpoint)}
-        config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
-        tell_of_unread(typed, flat(now), directory, chosen=option(args, "--resume") != "auto" or own_directory)
-        if config.config.ckpt_path is not None:
-            chosen = f"--ckpt_path {config.config.ckpt_path}"
-            if option(args, "--resume") != "auto":
-                raise UserError(f"{chosen} beside --resume, whose checkpoint is {checkpoint}: leave one out")
-            rank_zero_only(print)(f"the run goes on from {checkpoint}, not from {chosen}")
-        config.config.ckpt_path = str(checkpoint)
-        config.resumed = True
-        share(directory)
+def _new(args: list[str], resume: str | None, run_dir: str | None) -> tuple[Config, Path, list[Path]]:
+    """Return a new run's configuration, its directory, and what was made for it."""
+    config = Config(args)
+    chosen = config.config.ckpt_path
+    if chosen in ("best", "last"):
+        raise UserError(f"--ckpt_path {chosen}: fit takes a file here, such as RUN/checkpoints/{chosen}.ckpt")
+    if chosen is not None:
+        config.config.ckpt_path = str(checkpoint_path(chosen, None))
+    check_own_configs(args, run_dir)
+    directory, made = new_run_directory(run_dir, run_name(args), may_exist=resume is not None)
+    if resume is not None:
+        rank_zero_only(print)(f"there is no run to resume: starting afresh in {directory}")
     return config, directory, made
+
+
+def _resumed(args: list[str], resume: str, run_dir: str | None, directory: Path, checkpoint: Path) -> Config:
+    """Return the configuration by which the run in a directory goes on from a checkpoint."""
+    check_writable(directory)
+    own, saved = ["--config", str(directory / "config.yaml")], read_config(directory / "config.yaml")
+    # before the run's own, which seeds the process
+    typed = typed_settings([*own, *args], saved) if config_names(args) else {}
+    words = taken(args, *CONFIG_FLAGS)[1]  # the run has its own config
+    config = Config([*own, *words])
+    config.drop_repeated(saved)
+    now = config.to_dict()
+    written = written_keys(words, config.config)
+    # which may be older than what was typed since, or than an edit of config.yaml
+    trained = {**flat(saved), **trained_optimizer(checkpoint)}
+    config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
+    tell_of_unread(typed, flat(now), directory, chosen=resume != "auto" or run_dir is not None)
+    if config.config.ckpt_path is not None:
+        chosen = f"--ckpt_path {config.config.ckpt_path}"
+        if resume != "auto":
+            raise UserError(f"{chosen} beside --resume, whose checkpoint is {checkpoint}: leave one out")
+        rank_zero_only(print)(f"the run goes on from {checkpoint}, not from {chosen}")
+    config.config.ckpt_path = str(checkpoint)
+    config.resumed = True
+    share(directory)
+    return config
 
 
 def run_name(args: list[str]) -> str:
@@ -270,7 +271,7 @@ def tell_of_unread(typed: dict[str, Any], own: dict[str, Any], directory: Path, 
                 f"{typed[f'{kind}.class_path']}: name the run's own --run_dir"
             )
     if keys:
-        named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", …" if keys[3:] else "")
+        named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", ..." if keys[3:] else "")
         rank_zero_only(print)(f"the run goes on with its own config.yaml; what --config names has another {named}")
 
 
@@ -371,7 +372,7 @@ class _RunFiles(pl.Callback):
             if isinstance(logger, MetricsCSV):
                 logger.cut_back(last_row(trainer))
         text = self._text = self.config.to_yaml()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with replace_file(self.directory / "config.yaml") as file:
                 file.write(text.encode())
         for logger in trainer.loggers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Container, Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,7 +41,7 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
         name: The recipe whose runs ``auto`` looks through, if none was typed.
 
     Returns:
-        None if ``auto`` finds none, and no checkpoint in ``run_dir`` that a new run would write over.
+        None if ``auto`` finds none, and no checkpoint in ``run_dir``.
 
     Raises:
         UserError: If ``resume`` is a path without a good checkpoint or configuration, or ``run_dir`` has none but
@@ -56,6 +57,10 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
                 return _checked_directory(directory, resume), checkpoint
             if run_dir and damages:
                 raise UserError(f"{damages[0]}, and {directory} has no good one; to start anew, name another --run_dir")
+            others = sorted(directory.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
+            if run_dir and others:
+                how = f"go on with --resume {quote(str(others[-1]))}, or name another --run_dir"
+                raise UserError(f"{directory} has neither last.ckpt nor best.ckpt; {how}")
             for damage in damages:
                 rank_zero_warn(f"{damage}; looking for an earlier run")
         return None
@@ -63,7 +68,7 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     best = checkpoint.with_name("best.ckpt")
     if path.is_dir() and is_there(best) and not is_there(checkpoint):
-        raise UserError(f"there is no checkpoint {checkpoint}; to go on from the best: --resume {best}")
+        raise UserError(f"there is no checkpoint {checkpoint}; to go on from the best: --resume {quote(str(best))}")
     load_checked(checkpoint)
     own = path if path.is_dir() else checkpoint.absolute().parent.parent
     if run_dir and own.resolve() != Path(run_dir).resolve() and (own / "config.yaml").is_file():

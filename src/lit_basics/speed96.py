@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lit_basics.errors import UserError
 from lit_basics.nets import SpeedNet
 from lit_basics.optim import LookaheadLR, LookaheadSGD, LRSchedulerCallable, OptimizerCallable
-from lit_basics.speed import LitWhitened
+from lit_basics.whitened import LitWhitened
 
 PROXY_EVERY = 4
 """Every how many steps the proxy is trained; it chooses in each."""
@@ -31,9 +31,7 @@ class LitSpeedNet96(LitWhitened):
     :class:`~lit_basics.optim.LookaheadSGD`; the learning rates rise over the first tenth of the steps, then fall
     linearly to 0.
 
-    It computes in bfloat16 where the device has instructions for it, at every precision of the Trainer but ``64-true``;
-    weights stay float32. It tests and predicts with test-time augmentation: the mean over the image and its mirror
-    image of the centre (½) and of two diagonal shifts (¼ each).
+    As ``LitWhitened`` it computes in bfloat16 where the device has it, and tests and predicts by six views of an image.
 
     On several processes each rank chooses from its own share. This needs
     ``strategy=ddp_find_unused_parameters_true``, because most steps do not train the proxy.

@@ -355,13 +355,15 @@ def test_by_command_it_stops_with_exit_code_1(capsys):
     assert not list(Path("run").rglob("*.ckpt"))
 
 
-def test_by_command_a_learning_rate_that_a_resume_refuses_is_not_proposed(capsys):
-    """Without ``check_arguments`` it is."""
+def test_by_command_another_learning_rate_is_proposed_where_the_optimizer_has_one(capsys):
     rates = ["--model.lr_scheduler.base_lr", "0.01", "--model.lr_scheduler.max_lr", "1e38"]
     rates += ["--model.lr_scheduler.step_size_up", "1", "--model.lr_interval", "epoch"]
-    words = [*WILD, "--run_dir", "run", "--trainer.enable_progress_bar", "false", "--model.lr_scheduler", "CyclicLR"]
+    words = [*WILD, "--run_dir", "my run", "--trainer.enable_progress_bar", "false", "--model.lr_scheduler", "CyclicLR"]
     assert main(["fit", *words, *rates]) == 1
-    assert capsys.readouterr().err.endswith("to go on from it: lit_basics fit --resume run\n")
+    proposed = "to go on from it with another learning rate: lit_basics fit --resume 'my run' --model.optimizer.lr ..."
+    assert capsys.readouterr().err.endswith(f"{proposed}\n")
+    assert main(["fit", "--resume", "my run", "--model.optimizer.lr", "0.01"]) == 2
+    assert "CyclicLR keeps learning rates of its own" in capsys.readouterr().err
 
 
 def test_by_command_the_last_good_state_is_named_and_can_be_resumed(capsys):

@@ -83,17 +83,17 @@ def check(whole, run):
 @pytest.mark.parametrize(("number", "code"), NUMBERS.items())
 def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    process = start("run")
+    process = start("my run")
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    assert "go on with --resume run" in error
+    assert "go on with --resume 'my run'" in error
     assert error.count("saving the state after this step") == (number == signal.SIGINT)
     assert "Traceback" not in error
-    stopped = torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    stopped = torch.load("my run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 50 <= stopped < 258
-    assert main(["fit", "--resume", "run"]) == 0
-    check(whole, Path("run"))
+    assert main(["fit", "--resume", "my run"]) == 0
+    check(whole, Path("my run"))
 
 
 SLOW_DATA = """
