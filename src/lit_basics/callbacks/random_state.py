@@ -34,7 +34,7 @@ class RandomState(pl.Callback):
         self._loader_states: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Go behind a ``GradientAccumulationScheduler``, whose ``on_train_start`` finds one batch a step, or refuses."""
+        """Go behind a ``GradientAccumulationScheduler``, whose ``on_train_start`` refuses a number other than 1."""
         if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
             go_behind(trainer, self)
 
