@@ -147,7 +147,8 @@ class NonFiniteGuard(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keep the loss until the step."""
         if not self._scaled:
-            self._losses.append(loss.detach())
+            # manual_backward(loss, gradient=...) takes one that is no scalar
+            self._losses.append(loss.detach() if loss.numel() == 1 else loss.detach().sum())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -415,7 +416,8 @@ class NonFiniteGuard(pl.Callback):
             "step": trainer.global_step,
             "weights": {name: value.detach().clone() for name, value in _weights(pl_module)},
             # without the groups: learning rates go on
-            "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
+            # Lightning's stand-in where configure_optimizers returns None has neither
+            "optimizers": [copy.deepcopy(optimizer.state_dict().get("state", {})) for optimizer in trainer.optimizers],
         }
 
     @torch.no_grad()
@@ -426,7 +428,7 @@ class NonFiniteGuard(pl.Callback):
         self._losses.clear()
         _copy_back(_weights(pl_module), self._snapshot["weights"])
         for optimizer, state in zip(trainer.optimizers, self._snapshot["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]
+            groups = optimizer.state_dict().get("param_groups", [])
             optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": groups})
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
-from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator, shared_order
+from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator
 from lit_basics.errors import UserError
 
 Transform = nn.Module | Callable[[Tensor], Any]
@@ -341,7 +341,7 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
         UserError: If the batch or the samples cannot be shared out over the processes.
     """
     rank, world_size = (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
-    return shared_order(
+    return EpochOrder(
         size,
         data.batch_size,
         shuffle=shuffle,
