@@ -59,9 +59,9 @@ def test_only_some_steps_are_logged_but_all_count(trainer, rows):
     recorder = recorder_of(trainer)
     for step in range(1, 5):
         recorder.put(step, "x", float(step), every=2)
-        recorder.put_host(step, "lr", 0.1, every=2)
+        recorder.put_host(step, "lr", 0.1)
     assert recorder.epoch_means() == {"x": 2.5}
-    assert rows.rows == [(2, {"x": 2.0, "lr": 0.1}), (4, {"x": 4.0, "lr": 0.1})]
+    assert rows.rows == [(1, {"lr": 0.1}), (2, {"x": 2.0, "lr": 0.1}), (3, {"lr": 0.1}), (4, {"x": 4.0, "lr": 0.1})]
 
 
 def test_micro_batches_are_averaged_and_evaluations_are_not(trainer, rows):

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_basics.callbacks.last import MIN_SECONDS, ends_after_batch
+from lit_basics.callbacks.last import MIN_SECONDS
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
 from lit_basics.files import local_path, replace_file
+from lit_basics.steps import ends_after_batch
 
 
 class BestLossCheckpoint(ModelCheckpoint):
