@@ -437,6 +437,25 @@ def test_the_epochs_mean_leaves_the_step_out(policy):
 
 
 @pytest.mark.filterwarnings(WARNINGS)
+def test_a_step_that_is_left_out_stays_so_where_it_is_resumed_amid(tmp_path):
+    # without the recorder's left_out in the checkpoint the mean of the resumed epoch is nan
+    def train(checkpoint=None, savers=()):
+        fitted = trainer(
+            *(NonFiniteGuard("skip"), RandomState(), *savers),
+            **{"accumulate_grad_batches": 4, "max_epochs": 1, "enable_checkpointing": bool(savers)},
+        )
+        fitted.fit(
+            Faulty("nan loss", {5}), batches(16), ckpt_path=checkpoint, weights_only=True if checkpoint else None
+        )
+        return fitted.callback_metrics["train/loss"].item()
+
+    mean = train(savers=[saver(tmp_path)])
+    assert math.isfinite(mean)
+    for number in (6, 7):
+        assert train(tmp_path / f"{number:03}.ckpt") == mean
+
+
+@pytest.mark.filterwarnings(WARNINGS)
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("flushed", [False, True])
 def test_found_late_the_steps_since_are_left_out(flushed, accumulate, monkeypatch):

@@ -68,8 +68,8 @@ class RandomState(pl.Callback):
         """
         check_shared_out(trainer, trainer.train_dataloader)
         self._load_loaders(trainer)
-        ours = any(_loads_late(loader) for loader in CombinedLoader(trainer.train_dataloader).flattened)
-        if ours and math.isinf(trainer.num_training_batches):
+        loaders = CombinedLoader(trainer.train_dataloader).flattened
+        if math.isinf(trainer.num_training_batches) and any(hasattr(loader, "loads_state_late") for loader in loaders):
             rank_zero_warn(
                 "beside a loader without a length, Lightning draws one batch ahead, which a run that is resumed within "
                 "an epoch leaves out: give it __len__, or limit_train_batches a number"
@@ -110,18 +110,13 @@ class RandomState(pl.Callback):
             return
         loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if _is_stateful(loader)]
         for loader, state in zip(loaders, states, strict=True):
-            if _loads_late(loader):
+            if getattr(loader, "loads_state_late", False):
                 loader.load_state_dict(state)
 
 
 def _is_stateful(loader: Any) -> bool:
     """Return whether Lightning keeps a state of this loader."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-
-def _loads_late(loader: Any) -> bool:
-    """Return whether it is a loader of ours, or has such a state."""
-    return bool(getattr(loader, "loads_state_late", False))
 
 
 def generator_states(device: torch.device = CPU) -> dict[str, Any]:

@@ -340,16 +340,9 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
     Raises:
         UserError: If the batch or the samples cannot be shared out over the processes.
     """
-    rank, world_size = (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
-    return EpochOrder(
-        size,
-        data.batch_size,
-        shuffle=shuffle,
-        seed=data.seed,
-        drop_last=data.drop_last,
-        rank=rank,
-        world_size=world_size,
-    )
+    trainer = data.trainer
+    share = {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+    return EpochOrder(size, data.batch_size, shuffle=shuffle, seed=data.seed, drop_last=data.drop_last, **share)
 
 
 def channel_statistics(images: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:
