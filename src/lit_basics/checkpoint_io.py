@@ -54,7 +54,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     Args:
         min_seconds: A file that was written less than this ago is not written again yet: its newest state is
-            held in memory until a later save or the end of the run.
+            held in memory until a later save, :meth:`write_due` or the end of the run.
         asynchronous: Whether a thread writes, one save at a time, from a copy in memory: the training waits only
             for that copy, whose memory is kept for the next until the end of the run. An error is raised at the next
             save or at the end.

@@ -108,15 +108,11 @@ class RandomState(pl.Callback):
         states, self._loader_states = self._loader_states, []
         if not states or not trainer.fit_loop.restarting:
             return
-        loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if _is_stateful(loader)]
-        for loader, state in zip(loaders, states, strict=True):
+        loaders = CombinedLoader(trainer.train_dataloader).flattened
+        kept = [loader for loader in loaders if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")]
+        for loader, state in zip(kept, states, strict=True):
             if getattr(loader, "loads_state_late", False):
                 loader.load_state_dict(state)
-
-
-def _is_stateful(loader: Any) -> bool:
-    """Return whether Lightning keeps a state of this loader."""
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def generator_states(device: torch.device = CPU) -> dict[str, Any]:
