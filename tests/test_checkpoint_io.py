@@ -136,6 +136,14 @@ def test_a_young_file_is_held_until_the_end(tmp_path):
     assert io.load_checkpoint(path)["step"] == 3
 
 
+def test_what_was_removed_is_not_held_but_written(tmp_path):
+    """Its age is that of no file any more."""
+    io, path = saved(tmp_path, 1, min_seconds=60)
+    io.remove_checkpoint(path)
+    io.save_checkpoint(checkpoint(2), path)
+    assert path.is_file()
+
+
 def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     table, bank = torch.arange(12.0).view(3, 4), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     trained = torch.ones(3, requires_grad=True)

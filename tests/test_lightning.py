@@ -379,6 +379,21 @@ def test_a_search_before_training_changes_nothing(mode, finder):
     assert table == expected
 
 
+def test_a_search_for_a_batch_size_where_a_schedule_takes_the_runs_length():
+    """Lightning then has the loader load its state of before the search, of another batch size."""
+
+    class Cycled(LitClassifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            steps = self.trainer.estimated_stepping_batches
+            return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=int(steps))]
+
+    fitted, images = trainer(max_epochs=5, max_steps=10), data(batch_size=2)
+    assert Tuner(fitted).scale_batch_size(Cycled(small_net()), datamodule=images, max_trials=2) == 4
+    fitted.fit(Cycled(small_net()), images)
+    assert fitted.global_step == 10
+
+
 def test_a_search_for_a_learning_rate_tries_the_same_in_each_mode():
     """With the module's own interval for Lightning's scheduler it tries one rate only."""
     found = []

@@ -1,5 +1,7 @@
 """The recorder: what reaches the loggers, and when."""
 
+import math
+
 import pytest
 import torch
 from helpers import Rows, quiet_trainer
@@ -59,9 +61,9 @@ def test_only_some_steps_are_logged_but_all_count(trainer, rows):
     recorder = recorder_of(trainer)
     for step in range(1, 5):
         recorder.put(step, "x", float(step), every=2)
-        recorder.put_host(step, "lr", 0.1, every=2)
+        recorder.put_host(step, "lr", 0.1)
     assert recorder.epoch_means() == {"x": 2.5}
-    assert rows.rows == [(2, {"x": 2.0, "lr": 0.1}), (4, {"x": 4.0, "lr": 0.1})]
+    assert rows.rows == [(1, {"lr": 0.1}), (2, {"x": 2.0, "lr": 0.1}), (3, {"lr": 0.1}), (4, {"x": 4.0, "lr": 0.1})]
 
 
 def test_micro_batches_are_averaged_and_evaluations_are_not(trainer, rows):
@@ -120,6 +122,15 @@ def test_state_continues_the_means(trainer, rows):
     assert other.epoch_means() == {"x": 2.5}
     other.start_epoch()
     assert other.epoch_means() == {}
+
+
+def test_no_more_broken_values_are_kept_than_a_guard_may_leave_out(trainer):
+    """A run that goes on with NaN would keep all of them, in memory and in each checkpoint."""
+    recorder = recorder_of(trainer)
+    for step in range(1, 11 * ROWS):
+        recorder.put(step, "x", math.nan)
+    assert len(recorder.state_dict()["broken"]["x"]) == 10 * ROWS
+    assert math.isnan(recorder.epoch_means()["x"])
 
 
 def test_the_recorder_does_not_keep_its_trainer_alive():

@@ -17,12 +17,13 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, RandomState, SyntheticCIFAR10, fitting
-from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
+from lit_basics.callbacks.last import LastCheckpoint
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
 from lit_basics.errors import UserError
 from lit_basics.recipes import recipe_path
 from lit_basics.resuming import check_changes, find_run, is_new_argument
+from lit_basics.steps import at_step_boundary
 
 SMALL = ("--config", "quickstart", "--data.train_images", "500", "--trainer.log_every_n_steps", "1")
 

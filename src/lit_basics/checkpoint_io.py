@@ -54,7 +54,7 @@ class DurableCheckpointIO(CheckpointIO):
 
     Args:
         min_seconds: A file that was written less than this ago is not written again yet: its newest state is
-            held in memory until a later save or the end of the run.
+            held in memory until a later save, :meth:`write_due` or the end of the run.
         asynchronous: Whether a thread writes, one save at a time, from a copy in memory: the training waits only
             for that copy, whose memory is kept for the next until the end of the run. An error is raised at the next
             save or at the end.
@@ -98,7 +98,7 @@ class DurableCheckpointIO(CheckpointIO):
                     f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
                     f"runs no code: {advice}"
                 )
-        if time.monotonic() - self._written.get(target, float("-inf")) < self.min_seconds:
+        if self._is_young(target):
             self._held[target] = copied(state)
         else:
             self._held.pop(target, None)
@@ -107,6 +107,9 @@ class DurableCheckpointIO(CheckpointIO):
                     self._memory = {}  # the thread still reads it
                 state = copied(state, self._memory)
             self._write(target, state)
+
+    def _is_young(self, path: Path) -> bool:
+        return time.monotonic() - self._written.get(path, float("-inf")) < self.min_seconds
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         self._written[path] = time.monotonic()
@@ -135,6 +138,12 @@ class DurableCheckpointIO(CheckpointIO):
             future, self._in_flight = self._in_flight, None
             future.result()
 
+    def write_due(self) -> None:
+        """Write what is held, but where the file is too young still."""
+        self._leave_to_parent()
+        for path in [path for path in self._held if not self._is_young(path)]:
+            self._write(path, self._held.pop(path))
+
     def flush(self) -> None:
         """Write what is held, each though another cannot be, and wait until all is on the disk."""
         self._leave_to_parent()
@@ -157,6 +166,7 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint with the one before it."""
         self._held.pop(Path(path), None)
+        self._written.pop(Path(path), None)
         self._finish_write()
         for file in (Path(path), previous_path(Path(path)), checksum_path(Path(path))):
             file.unlink(missing_ok=True)

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_basics.callbacks.last import validates_after
 from lit_basics.errors import UserError
+from lit_basics.steps import validates_after
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
@@ -393,3 +393,10 @@ def step_schedulers(module: LitSupervised, interval: str) -> None:
         plateau = isinstance(config.scheduler, ReduceLROnPlateau)
         if config.interval == interval and not plateau and counter % config.frequency == 0:
             module.lr_scheduler_step(config.scheduler, None)
+
+
+def step_schedulers_of_batch(module: LitSupervised) -> None:
+    """Step those of steps and, after an epoch's last batch, those of epochs."""
+    step_schedulers(module, "step")
+    if module.trainer.is_last_batch:
+        step_schedulers(module, "epoch")

@@ -31,9 +31,10 @@ from lit_basics.execution import (
     datamodule_of,
     leave_alone,
     put_between,
-    step_schedulers,
+    step_schedulers_of_batch,
 )
 from lit_basics.recording import NEVER, FlushesRows, recorder_of
+from lit_basics.steps import accumulating
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
@@ -143,27 +144,28 @@ class TrainingHooks(FlushesRows):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Record the learning rate."""
-        step, every = trainer.global_step + 1, self.module.log_every_n_steps
-        if step % every == 0:
+        step = trainer.global_step + 1
+        if step % self.module.log_every_n_steps == 0:
             groups = optimizer.param_groups
             for index, group in enumerate(groups):
                 name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
-                recorder_of(trainer).put_host(step, name, float(group["lr"]), every=every)
+                recorder_of(trainer).put_host(step, name, float(group["lr"]))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Flush the recorder when it is due, and the epoch's means after its last batch."""
-        recorder, accumulate = recorder_of(trainer), trainer.accumulate_grad_batches
-        stepped = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
+        recorder = recorder_of(trainer)
+        stepped = not accumulating(trainer)
         if self._manual and batch is None and stepped:  # Lightning passes over it, but steps the schedulers
-            self._step_schedulers(trainer)
+            step_schedulers_of_batch(self.module)
         if self.module.own_training_step:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if isinstance(loss, torch.Tensor):
                 step, every = trainer.global_step + (0 if stepped else 1), self.module.log_every_n_steps
                 # Lightning has divided the loss by the number of accumulated batches
-                recorder.put(step, "train/loss", loss * accumulate, part=batch_idx, every=every)
+                whole = loss * trainer.accumulate_grad_batches
+                recorder.put(step, "train/loss", whole, part=batch_idx, every=every)
         if trainer.is_last_batch:
             self._log_epoch_means(trainer)
         else:
@@ -175,16 +177,10 @@ class TrainingHooks(FlushesRows):
         """Log the epoch's means if ``max_steps`` or the module cut the epoch short, and step a plateau scheduler."""
         if not self._means_logged:
             if self._manual and Counters(trainer).left:
-                self._step_schedulers(trainer)
+                step_schedulers_of_batch(self.module)
             self._log_epoch_means(trainer)
         if trainer.is_last_batch:
             self._step_plateaus(trainer, "epoch", 1 + trainer.current_epoch)
-
-    def _step_schedulers(self, trainer: pl.Trainer) -> None:
-        """Step the schedulers after a batch that made no step itself, as Lightning does in automatic optimization."""
-        step_schedulers(self.module, "step")
-        if trainer.is_last_batch:
-            step_schedulers(self.module, "epoch")
 
     def _step_plateaus(self, trainer: pl.Trainer, interval: str, counter: int) -> None:
         """Step each ``ReduceLROnPlateau`` of an interval, before checkpoints are saved.
@@ -272,7 +268,7 @@ class TrainingHooks(FlushesRows):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         gradients = {}
-        if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+        if accumulating(trainer):
             # ranks have their own until the step; their mean makes the same step
             gradients = {
                 name: trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean")

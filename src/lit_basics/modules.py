@@ -22,10 +22,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_basics import nets
 from lit_basics.data.arrays import no_batches
 from lit_basics.errors import UserError
-from lit_basics.execution import only_optimizer, step_schedulers
+from lit_basics.execution import only_optimizer, step_schedulers_of_batch
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import NEVER, recorder_of
+from lit_basics.steps import accumulating
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """Modes of torch.compile."""
@@ -226,14 +227,12 @@ class LitSupervised(pl.LightningModule):
 
         # automatic optimization runs backward and the update outside the precision's context, where training_step is
         with torch.autocast(self.device.type, enabled=False), default_dtype(self.usual_dtype):
-            if (batch_idx + 1) % accumulate and not self.trainer.is_last_batch:
+            if accumulating(self.trainer):
                 with optimizer.toggle_model(sync_grad=False):
                     closure()
                 return losses[0].detach()
             optimizer.step(closure)
-        step_schedulers(self, "step")
-        if self.trainer.is_last_batch:
-            step_schedulers(self, "epoch")
+        step_schedulers_of_batch(self)
         return losses[0].detach()
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -114,10 +114,9 @@ class StepRecorder:
             self._buffer[row].index_copy_(0, place, torch.as_tensor(values, dtype=self._dtype, device=self._device))
         self._filled[row].update(filled)
 
-    def put_host(self, step: int, name: str, value: float, *, every: int = 1) -> None:
+    def put_host(self, step: int, name: str, value: float) -> None:
         """Record a number that is already on the host, such as the learning rate."""
-        if step % every == 0:
-            self._host[self._row(step)][name] = value
+        self._host[self._row(step)][name] = value
 
     def has(self, step: int, name: str) -> bool:
         """Return whether ``name`` was recorded for ``step`` since the last flush."""
@@ -292,7 +291,11 @@ def recorder_of(trainer: pl.Trainer) -> StepRecorder:
 
 
 class FlushesRows(pl.Callback):
-    """Brings the recorder's rows to the loggers before a checkpoint holds their steps, and when a run fails."""
+    """Brings the recorder's rows to the loggers: after an epoch, before a checkpoint, and when a run fails."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Flush the epoch's last rows."""
+        recorder_of(trainer).flush()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -317,19 +317,20 @@ def test_a_new_run_from_the_checkpoint_of_another_has_a_best_of_its_own(capsys):
     assert main(["test", "--run_dir", "new"]) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_training_loss_is_no_record_for_validation_losses(tmp_path):
     """Without the reset a run that is resumed with validation is held against the training loss of before."""
-    best = BestLossCheckpoint(str(tmp_path))
-    path, score = str(tmp_path / "best.ckpt"), torch.tensor(0.0)
-    record = {
-        "best_model_score": score,
-        "kth_value": score,
-        "best_k_models": {path: score},
-        "kth_best_model_path": path,
-    }
-    best.load_state_dict({**best.state_dict(), **record, "monitor": "train/loss"})
+    best, end, zero = BestLossCheckpoint(str(tmp_path)), tmp_path / "end.ckpt", torch.tensor(0.0)
     fitted = trainer(best, max_epochs=1)
-    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16))
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=0))
+    fitted.save_checkpoint(end)
+    (tmp_path / "best.pth").unlink()
+    state = torch.load(end, weights_only=True)
+    record = state["callbacks"][best.state_key]
+    record |= {"best_model_score": zero, "kth_value": zero, "best_k_models": {best.best_model_path: zero}}
+    torch.save(state, end)
+    fitted = trainer(best, max_epochs=2)
+    fitted.fit(LitBlitzNet(), datamodule=data(val_size=16), ckpt_path=end, weights_only=True)
     assert best.best_model_score == fitted.callback_metrics["val/loss"]
     assert (tmp_path / "best.pth").is_file()
 
@@ -551,6 +552,60 @@ def test_a_second_fit_of_as_many_steps_can_be_better(tmp_path):
     assert scores[1] < scores[0]
     assert best.best_model_score == scores[1]
     assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), module.net.state_dict())
+
+
+class Told(Otherwise):
+    """Its losses of the validations are given."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.losses = losses
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.losses[self.current_epoch], batch_size=16)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_fit_that_begins_anew_has_a_record_of_its_own(tmp_path):
+    """With that of the fit before, the next fold of larger losses has no ``best.ckpt``, and tests the other's."""
+    best = BestLossCheckpoint(str(tmp_path))
+    for losses in ([1.0], [2.0, 3.0]):
+        fitted, module = trainer(best, max_epochs=1), Told(losses)
+        fitted.fit(module, datamodule=data(val_size=16))
+        assert best.best_model_score == losses[0]
+        assert_equal(torch.load(best.best_model_path, weights_only=True)["state_dict"], module.state_dict())
+        assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), module.state_dict())
+    fitted.fit_loop.max_epochs = 2  # the same training goes on
+    fitted.fit(module, datamodule=data(val_size=16))
+    assert best.best_model_score == 2.0
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_the_best_of_a_module_that_steps_past_lightning(tmp_path):
+    """``global_step`` stays 0, which Lightning takes for no step."""
+    best, losses = BestLossCheckpoint(str(tmp_path)), Losses()
+    trainer(best, losses).fit(PastLightning(), datamodule=data(val_size=16))
+    assert losses.seen[1] < losses.seen[0]
+    assert best.best_model_score == losses.seen[1]
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_what_is_held_is_written_by_a_later_validation(tmp_path, monkeypatch):
+    """Else it stays in memory, maybe for hours, until the loss falls again."""
+
+    class Clock(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch:
+                whole, plain = (torch.load(tmp_path / f"best.{kind}", weights_only=True) for kind in ("ckpt", "pth"))
+                assert_equal(whole["state_dict"], plain)
+                kept.append(whole["epoch"])
+            if trainer.current_epoch == 2:
+                monkeypatch.setattr(time, "monotonic", lambda: now() + 20)
+
+    now, kept = time.monotonic, []
+    fitted = trainer(Clock(), BestLossCheckpoint(str(tmp_path)), max_epochs=4, plugins=[DurableCheckpointIO(10)])
+    fitted.fit(Told([3.0, 2.0, 5.0, 5.0]), datamodule=data(val_size=16))
+    assert kept == [0, 0, 1]
 
 
 def test_a_moved_run_names_its_own_best(tmp_path, capsys):

@@ -439,6 +439,25 @@ def test_the_epochs_mean_leaves_the_step_out(policy):
 
 
 @pytest.mark.filterwarnings(WARNINGS)
+def test_a_step_that_is_left_out_stays_so_where_it_is_resumed_amid(tmp_path):
+    # without the recorder's left_out in the checkpoint the mean of the resumed epoch is nan
+    def train(checkpoint=None, savers=()):
+        fitted = trainer(
+            *(NonFiniteGuard("skip"), RandomState(), *savers),
+            **{"accumulate_grad_batches": 4, "max_epochs": 1, "enable_checkpointing": bool(savers)},
+        )
+        fitted.fit(
+            Faulty("nan loss", {5}), batches(16), ckpt_path=checkpoint, weights_only=True if checkpoint else None
+        )
+        return fitted.callback_metrics["train/loss"].item()
+
+    mean = train(savers=[saver(tmp_path)])
+    assert math.isfinite(mean)
+    for number in (6, 7):
+        assert train(tmp_path / f"{number:03}.ckpt") == mean
+
+
+@pytest.mark.filterwarnings(WARNINGS)
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("flushed", [False, True])
 def test_found_late_the_steps_since_are_left_out(flushed, accumulate, monkeypatch):
@@ -730,6 +749,52 @@ def test_an_optimizer_stepped_past_lightning_is_found_at_the_next_look(tmp_path)
             Foreign({8}, raw=True), batches(12)
         )
     assert assert_files_are_finite(tmp_path) == 8
+
+
+class Unseen(pl.LightningModule):
+    """Steps an optimizer that Lightning does not know of."""
+
+    def __init__(self, bad):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.bad = nn.Linear(6, 1), bad
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        self.own = torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.own.zero_grad()
+        self.manual_backward(loss * math.nan if batch_idx == self.bad else loss)
+        self.own.step()
+
+
+@pytest.mark.filterwarnings(WARNINGS, "ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_a_rollback_without_an_optimizer_of_lightnings():
+    """Its stand-in for one has no state."""
+    guard, module = NonFiniteGuard("rollback", every_n_batches=2), Unseen(6)
+    with pytest.warns(UserWarning, match="net.weight is not finite after batch 8: back to the weights"):
+        trainer(guard).fit(module, batches(12))
+    assert guard.faults == 1
+    assert_finite(module.state_dict(), "module")
+
+
+class EachSample(Foreign):
+    """Two optimizers by hand, of a loss for each sample."""
+
+    def training_step(self, batch, batch_idx):
+        for part, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
+            losses = (part(batch[0]) - batch[1]).square() * (math.nan if batch_idx in self.bad else 1)
+            optimizer.zero_grad()
+            self.manual_backward(losses, gradient=torch.ones_like(losses))
+            optimizer.step()
+
+
+def test_losses_that_are_no_scalars():
+    trainer(NonFiniteGuard()).fit(EachSample(), batches(4))
+    with pytest.raises(NonFiniteError, match=r"loss is nan at step 5 \(first broken gradient: one.weight\)"):
+        trainer(NonFiniteGuard()).fit(EachSample({2}), batches(4))
 
 
 class Nothing(Faulty):

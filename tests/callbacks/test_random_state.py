@@ -4,6 +4,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import SaveEverywhere, assert_equal, quiet_trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -84,6 +86,79 @@ def test_so_it_does_by_the_module_alone(mode, tmp_path):
         resumed = Cycled(0.0, **mode)
         quiet_trainer(max_epochs=2).fit(resumed, images(), ckpt_path=tmp_path / f"{number:03}.ckpt", weights_only=True)
         assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_schedule_of_accumulation_goes_on_within_an_epoch(first, tmp_path):
+    """Lightning calls no ``on_train_epoch_start`` then: the rest of the epoch would make a step of each batch."""
+
+    def train(checkpoint=None, savers=()):
+        torch.manual_seed(0)
+        module = LitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        callbacks = [RandomState(), GradientAccumulationScheduler({0: 4, 1: 2})][:: 1 if first else -1]
+        fitted = quiet_trainer(*callbacks, *savers, enable_checkpointing=bool(savers), max_epochs=2)
+        fitted.fit(module, datamodule=images(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        return module, fitted.global_step
+
+    whole, steps = train(savers=[SaveEverywhere(tmp_path)])
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))[:-1]
+    assert (len(checkpoints), steps) == (11, 2 + 3)
+    for checkpoint in checkpoints:
+        resumed, resumed_steps = train(checkpoint)
+        assert resumed_steps == steps, checkpoint.stem
+        assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_states_that_no_training_took_are_not_those_of_the_next_fit(fails, tmp_path):
+    """Those of a finished run, or of a resume that failed, would be set where the next fit begins anew."""
+
+    class Fails(pl.Callback):
+        def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+            if fails:
+                raise ValueError("before training starts")
+
+    def train(state, checkpoint=None):
+        module = LitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        fitted = quiet_trainer(state, Fails(), max_epochs=1)
+        fitted.fit(module, datamodule=images(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        return fitted
+
+    train(RandomState()).save_checkpoint(tmp_path / "end.ckpt")
+    again = RandomState()
+    if fails:
+        with pytest.raises(ValueError, match="before training starts"):
+            train(again, tmp_path / "end.ckpt")
+    else:
+        train(again, tmp_path / "end.ckpt")
+    torch.manual_seed(7)
+    train(again)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    train(RandomState())
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_batch_that_is_drawn_ahead_is_told_of():
+    """The checkpoint's position is one too far: Lightning looks there for the end of a loader without a length."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([torch.zeros(1)] * 4)
+
+    class Both(Cycled):
+        configure_optimizers = LitClassifier.configure_optimizers
+
+        def compute_loss(self, batch, batch_idx):
+            return super().compute_loss(batch[0], batch_idx)
+
+    def train(**settings):
+        ours, stream = LitResumable().train_dataloader(), torch.utils.data.DataLoader(Stream())
+        quiet_trainer(RandomState(), **settings).fit(Both(), CombinedLoader([ours, stream], "max_size_cycle"))
+
+    with pytest.warns(UserWarning, match="Lightning draws one batch ahead"):
+        train()
+    train(limit_train_batches=3)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

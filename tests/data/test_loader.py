@@ -225,7 +225,9 @@ def test_evaluation_resumes_too():
     ],
 )
 def test_another_order_is_not_resumed(other, message):
-    state = ResumableDataLoader(Noisy(), BATCH, seed=3).state_dict()
+    began = ResumableDataLoader(Noisy(), BATCH, seed=3)
+    next(iter(began))
+    state = began.state_dict()
     settings = {"size": SIZE, "batch_size": BATCH, "seed": 3, **other}
     loader = ResumableDataLoader(Noisy(settings.pop("size")), **settings)
     with pytest.raises(UserError, match=message):

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_basics.callbacks.last import MIN_SECONDS, ends_after_batch
+from lit_basics.callbacks.last import MIN_SECONDS
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
 from lit_basics.files import local_path, replace_file
+from lit_basics.steps import ends_after_batch
 
 
 class BestLossCheckpoint(ModelCheckpoint):
@@ -25,7 +26,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     steps; never that of one batch. A loss that is NaN or infinite is never the best. What is kept is a copy,
     taken when the loss falls: it cannot change with the live weights. ``best.pth`` is written at most every ten
     seconds, before any other checkpoint and at the end. The record goes on when a run is resumed, in another
-    directory as well.
+    directory as well. A fit that begins anew, such as the next fold's, has a record of its own; in the same directory
+    its files replace those of the fit before.
 
     Args:
         dirpath: Folder of ``best.ckpt``; ModelCheckpoint's default (under the logger's folder) if None.
@@ -83,8 +85,9 @@ class BestLossCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
-        if not trainer.global_step:  # another fit, whose step of this number is not the one that was saved
-            self._last_global_step_saved = 0
+        if trainer.fit_loop.total_batch_idx < 0:  # another fit, and no resume
+            self._forget_record()
+            self.best_model_path, self.record_of = "", None
         if self._chosen_monitor is None:
             # without a sanity check the batches may not have been counted yet
             validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
@@ -197,7 +200,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:
         """Let a record of another metric be forgotten, and the weights of a new one be kept."""
         if self.monitor in trainer.callback_metrics and self.record_of not in (None, self.monitor):
-            self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
+            self._forget_record()
+        self._last_global_step_saved = -1  # a lower loss is another state: of another fit, or global_step stays 0
         before, held, self._saving = self.best_model_score, self._held, True
         try:
             yield
@@ -208,8 +212,14 @@ class BestLossCheckpoint(ModelCheckpoint):
             self._saving = False
         if self.best_model_score is not before:
             self.record_of = self.monitor
-            if time.monotonic() - self._written_at >= MIN_SECONDS:
-                self._write_weights()
+        # also what an earlier validation has found: there may be no better one for hours
+        if time.monotonic() - self._written_at >= MIN_SECONDS:
+            self._write_weights()
+        if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+            trainer.strategy.checkpoint_io.write_due()
+
+    def _forget_record(self) -> None:
+        self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
 
     def _write_weights(self) -> None:
         if self._held is None:

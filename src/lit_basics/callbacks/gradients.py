@@ -71,10 +71,6 @@ class GradientMonitor(FlushesRows):
             recorder.put_all(step, self._keys, norms)
             self.newest = norms[0]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Flush the epoch's last rows."""
-        recorder_of(trainer).flush()
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Flush, so that the rows of earlier steps come before the validation's."""
         recorder_of(trainer).flush_finished()

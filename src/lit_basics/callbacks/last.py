@@ -1,6 +1,5 @@
 """The checkpoint of the newest state."""
 
-import math
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lit_basics.checkpoint_io import free_name, is_there, move_aside
 from lit_basics.files import local_path
 from lit_basics.recording import compute_logged
+from lit_basics.steps import at_step_boundary, ends_after_batch, place
 
 MIN_SECONDS = 10.0
 """Epochs shorter than this do not each write a file; the end of training always does."""
@@ -109,8 +109,7 @@ class LastCheckpoint(Checkpoint):
             self._ended = place(trainer)
 
     def _save_if_older(self, trainer: pl.Trainer, seconds: float) -> None:
-        due = self._is_older(seconds)
-        if trainer.strategy.broadcast(due) if trainer.world_size > 1 else due:
+        if trainer.strategy.broadcast(self._is_older(seconds)):
             self.save(trainer)
 
     def _is_older(self, seconds: float) -> bool:
@@ -128,48 +127,6 @@ class LastCheckpoint(Checkpoint):
         self._saved_at, self._saved = time.monotonic(), place(trainer)
 
 
-def place(trainer: pl.Trainer) -> tuple[int, int]:
-    """Return how far training is: the steps, which stay 0 where an optimizer is stepped past Lightning, and batches."""
-    return trainer.global_step, trainer.fit_loop.total_batch_idx
-
-
 def go_behind(trainer: pl.Trainer, callback: pl.Callback) -> None:
     """Put a callback behind all others of the Trainer."""
     trainer.callbacks = [*(c for c in trainer.callbacks if c is not callback), callback]  # type: ignore[attr-defined]
-
-
-def at_step_boundary(trainer: pl.Trainer, halfway: bool = False) -> bool:
-    """Return whether a save at the end of this batch would be resumed exactly.
-
-    Lightning does not make up for a validation, or an epoch's end, that was due right after the save, and keeps no
-    gradients that are accumulated half-way.
-
-    Args:
-        trainer: The Trainer.
-        halfway: Whether such gradients are kept, as those of a LitSupervised are.
-    """
-    if not halfway and (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
-        return False
-    loop = trainer.fit_loop
-    return not trainer.is_last_batch and not validates_after(trainer, loop.batch_idx + 1, loop.total_batch_idx + 1)
-
-
-def ends_after_batch(trainer: pl.Trainer) -> bool:
-    """Return whether training ends with this batch, by ``max_steps`` or because it was asked to stop."""
-    if 0 <= trainer.max_steps <= trainer.global_step:
-        return True
-    lasted = trainer.should_stop and trainer.current_epoch >= (trainer.min_epochs or 0)
-    return lasted and trainer.global_step >= (trainer.min_steps or 0)
-
-
-def validates_after(trainer: pl.Trainer, number: int, total: int) -> bool:
-    """Return whether a validation within the epoch is due after a batch.
-
-    Args:
-        trainer: The Trainer.
-        number: Which batch of its epoch it is, from 1.
-        total: Which batch of the run it is, from 1.
-    """
-    check = trainer.val_check_batch
-    done = total if trainer.check_val_every_n_epoch is None else number
-    return check is not None and math.isfinite(check) and done % int(check) == 0

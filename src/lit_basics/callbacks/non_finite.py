@@ -20,6 +20,7 @@ from lit_basics.errors import UserError
 from lit_basics.finite import are_finite, holds, is_finite, norms_of
 from lit_basics.nested import tensors_in
 from lit_basics.recording import compute_logged, recorder_of
+from lit_basics.steps import accumulating
 
 Policy = Literal["stop", "skip", "rollback"]
 
@@ -141,13 +142,14 @@ class NonFiniteGuard(pl.Callback):
             self._take_snapshot(trainer, pl_module)
         if not self._buffers:
             self._keep_buffers(pl_module)
-        if not _accumulating(trainer):
+        if not accumulating(trainer):
             self._check_if_due(trainer, pl_module)  # a resumed run may have been stopped before its turn
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Keep the loss until the step."""
         if not self._scaled:
-            self._losses.append(loss.detach())
+            # manual_backward(loss, gradient=...) takes one that is no scalar
+            self._losses.append(loss.detach() if loss.numel() == 1 else loss.detach().sum())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -200,7 +202,7 @@ class NonFiniteGuard(pl.Callback):
         """
         if self._undo:
             self._roll_back(trainer, pl_module)
-        if self._stepped or not _accumulating(trainer):  # a module may step its optimizer past Lightning
+        if self._stepped or not accumulating(trainer):  # a module may step its optimizer past Lightning
             self._check_if_due(trainer, pl_module)
             if self._buffers:
                 self._keep_buffers(pl_module)
@@ -284,7 +286,7 @@ class NonFiniteGuard(pl.Callback):
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Look at the steps that were kept and at the whole state; return whether something was found."""
-        amid = _accumulating(trainer) and not self._scaled
+        amid = accumulating(trainer) and not self._scaled
         fault = self._fault_of_steps(trainer, pl_module)
         if amid and fault is None:
             fault = self._fault_of_accumulation(trainer, pl_module)
@@ -384,7 +386,7 @@ class NonFiniteGuard(pl.Callback):
             self._stop(trainer, f"{fault.text}; the budget of {self.budget} faults is spent")
         if math.isfinite(fault.step):  # found late, it is in the steps since as well
             first = int(fault.step)
-            recorder_of(trainer).leave_out(first, max(first, trainer.global_step + _accumulating(trainer)))
+            recorder_of(trainer).leave_out(first, max(first, trainer.global_step + accumulating(trainer)))
         if self._snapshot is None:
             action = "the update is skipped"
         else:
@@ -415,7 +417,8 @@ class NonFiniteGuard(pl.Callback):
             "step": trainer.global_step,
             "weights": {name: value.detach().clone() for name, value in _weights(pl_module)},
             # without the groups: learning rates go on
-            "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers],
+            # Lightning's stand-in where configure_optimizers returns None has neither
+            "optimizers": [copy.deepcopy(optimizer.state_dict().get("state", {})) for optimizer in trainer.optimizers],
         }
 
     @torch.no_grad()
@@ -426,12 +429,12 @@ class NonFiniteGuard(pl.Callback):
         self._losses.clear()
         _copy_back(_weights(pl_module), self._snapshot["weights"])
         for optimizer, state in zip(trainer.optimizers, self._snapshot["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]
+            groups = optimizer.state_dict().get("param_groups", [])
             optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": groups})
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
-        self._drop = _accumulating(trainer)  # its first batches saw other weights
+        self._drop = accumulating(trainer)  # its first batches saw other weights
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -462,18 +465,11 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [gradient for p in parameters if (gradient := p.grad) is not None]
 
 
-def _accumulating(trainer: pl.Trainer) -> bool:
-    """Return whether this batch ends amid the batches of a step."""
-    return bool((trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches) and not trainer.is_last_batch
-
-
 def _agreed(trainer: pl.Trainer, fault: _Fault | None) -> _Fault | None:
     """Return the fault of the earliest step among all ranks, on all ranks."""
     if trainer.world_size == 1:
         return fault
-    found = torch.tensor(float(fault is not None), device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    if not found:
+    if not trainer.strategy.reduce_boolean_decision(fault is not None, all=False):
         return None
     faults: list[_Fault | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(faults, fault)

@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data._utils.worker import _worker_loop  # private, as _target below: else workers look like others
 
-from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary, go_behind
+from lit_basics.callbacks.last import LastCheckpoint, go_behind
 from lit_basics.errors import UserError
 from lit_basics.recording import compute_logged
+from lit_basics.steps import at_step_boundary
 
 SAME_SECONDS = 1.0
 """Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""

@@ -1,16 +1,19 @@
 """The state of every random generator of every process, in the checkpoint."""
 
+import math
 import random
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lit_basics.callbacks.last import go_behind
 from lit_basics.data.order import check_shared_out
 
 CPU = torch.device("cpu")
@@ -22,13 +25,18 @@ class RandomState(pl.Callback):
     Lightning saves none. Each process gets its own back, and that of its GPU, whichever that is now. Works in any
     Lightning project. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run
     with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where ``configure_optimizers`` read
-    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, and warns if the number of threads, or the
-    kind of device, is another.
+    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, lets a ``GradientAccumulationScheduler`` go
+    on within an epoch, and warns if the number of threads, or the kind of device, is another.
     """
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] | None = None
         self._loader_states: list[dict[str, Any]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Go behind a ``GradientAccumulationScheduler``, whose ``on_train_start`` refuses a number other than 1."""
+        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            go_behind(trainer, self)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -60,6 +68,16 @@ class RandomState(pl.Callback):
         check_shared_out(trainer, trainer.train_dataloader)
         states, self._loader_states = self._loader_states, []
         load_loaders(trainer, states)
+        loaders = CombinedLoader(trainer.train_dataloader).flattened
+        if math.isinf(trainer.num_training_batches) and any(hasattr(loader, "loads_state_late") for loader in loaders):
+            rank_zero_warn(
+                "beside a loader without a length, Lightning draws one batch ahead, which a run that is resumed within "
+                "an epoch leaves out: give it __len__, or limit_train_batches a number"
+            )
+        if trainer.fit_loop.restarted_mid_epoch:  # Lightning then calls no on_train_epoch_start
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
+                if isinstance(callback, GradientAccumulationScheduler):
+                    callback.on_train_epoch_start(trainer)
         if self._loaded is None:
             return
         if len(self._loaded) == trainer.world_size:
@@ -77,6 +95,14 @@ class RandomState(pl.Callback):
             loop.reset_restart_stage()
             loop.epoch_loop.restarting = False
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the states if nothing was left to train: they are not those of the next fit."""
+        self._loaded, self._loader_states = None, []
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Forget the states of a fit that failed before it trained."""
+        self.on_fit_end(trainer, pl_module)
+
 
 def states_of_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the states of the training loaders that Lightning has saved."""
@@ -92,15 +118,11 @@ def load_loaders(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
     """
     if not states or not trainer.fit_loop.restarting:
         return
-    loaders = [loader for loader in CombinedLoader(trainer.train_dataloader).flattened if _is_stateful(loader)]
-    for loader, state in zip(loaders, states, strict=True):
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    kept = [loader for loader in loaders if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")]
+    for loader, state in zip(kept, states, strict=True):
         if getattr(loader, "loads_state_late", False):
             loader.load_state_dict(state)
-
-
-def _is_stateful(loader: Any) -> bool:
-    """Return whether Lightning keeps a state of this loader."""
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def generator_states(device: torch.device = CPU) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lit_basics.callbacks.gradients import scale_left
 from lit_basics.callbacks.names import trained_parameters
 from lit_basics.errors import UserError
 from lit_basics.recording import FlushesRows, recorder_of
+from lit_basics.steps import accumulating
 
 LIMIT = 100
 """The most numbers that are logged."""
@@ -55,15 +56,11 @@ class ValueMonitor(FlushesRows):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the parameters, if this batch ended a step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+        if accumulating(trainer):
             return
         for optimizer in trainer.optimizers:
             parameters = trained_parameters(pl_module, optimizer)
             _record(trainer, trainer.global_step, [(f"param/{name}", p) for name, p in parameters])
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Flush the epoch's last rows."""
-        recorder_of(trainer).flush()
 
 
 def _record(trainer: pl.Trainer, step: int, values: list[tuple[str, Tensor]]) -> None:

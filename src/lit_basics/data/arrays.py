@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
-from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator, shared_order
+from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator
 from lit_basics.errors import UserError
 
 Transform = nn.Module | Callable[[Tensor], Any]
@@ -351,16 +351,9 @@ def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> Epo
     Raises:
         UserError: If the batch or the samples cannot be shared out over the processes.
     """
-    rank, world_size = (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
-    return shared_order(
-        size,
-        data.batch_size,
-        shuffle=shuffle,
-        seed=data.seed,
-        drop_last=data.drop_last,
-        rank=rank,
-        world_size=world_size,
-    )
+    trainer = data.trainer
+    share = {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+    return EpochOrder(size, data.batch_size, shuffle=shuffle, seed=data.seed, drop_last=data.drop_last, **share)
 
 
 def channel_statistics(images: Tensor, indices: Tensor) -> tuple[list[float], list[float]]:

@@ -28,11 +28,10 @@ REPORT_SECONDS = 30.0
 
 
 def download(urls: Sequence[str], path: str | Path, *, sha256: str, size: int, timeout: float = 30.0) -> None:
-    """Make ``path`` the file with this checksum; does nothing if it is that already.
+    """Make ``path`` the file with this checksum; does nothing if it is that already. One process at a time.
 
     The file grows as ``<path>.part``, which outlives an interrupted run and is continued by the next, from
-    any mirror. It gets its name only after its checksum was found right. Processes that share the folder wait
-    for each other: one downloads, the others find the file.
+    any mirror. It gets its name only after its checksum was found right.
 
     Args:
         urls: Addresses of the same file (http, https or file), tried in turn.
@@ -50,17 +49,16 @@ def download(urls: Sequence[str], path: str | Path, *, sha256: str, size: int, t
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     reasons = []
-    with file_lock(path):
-        if path.exists() and file_sha256(path) == sha256:
+    if path.exists() and file_sha256(path) == sha256:
+        return
+    for url in urls:
+        try:
+            _complete(part, url, sha256, size, timeout)
+        except _MirrorError as error:
+            reasons.append(f"{url}: {error}")
+        else:
+            os.replace(part, path)
             return
-        for url in urls:
-            try:
-                _complete(part, url, sha256, size, timeout)
-            except _MirrorError as error:
-                reasons.append(f"{url}: {error}")
-            else:
-                os.replace(part, path)
-                return
     raise UserError(f"{path.name} cannot be downloaded: {'; '.join(reasons) or 'no mirror is given'}")
 
 

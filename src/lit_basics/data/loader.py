@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, shared_order
+from lit_basics.data.order import EpochOrder
 from lit_basics.errors import UserError
 
 Key = tuple[int, list[int]]
@@ -89,8 +89,6 @@ class ResumableDataLoader(DataLoader[Any]):
             raise UserError("in_order is False; a loader that resumes must give its batches in order")
         if batch_size is None:
             raise UserError("batch_size is None; ResumableDataLoader makes batches: give their global size")
-        check_batch_size(batch_size)
-        check_seed(seed)
         self._batches = GlobalBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
         super().__init__(
             SeededBatches(dataset, batch_size, seed, collate_fn or default_collate),
@@ -136,7 +134,7 @@ class GlobalBatches(DistributedSampler[Key]):
 
     def __init__(self, size: int, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool) -> None:
         # the base's own would count padded shares
-        self._shared = partial(shared_order, size, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self._shared = partial(EpochOrder, size, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
         rank, world_size = processes()
         self._order = self._shared(rank=rank, world_size=world_size)
 

@@ -38,12 +38,13 @@ class EpochOrder:
         batch_size: Size of the global batch.
         shuffle: Whether epochs are permuted; also whether this is training, see above.
         seed: Seed of the permutations.
-        drop_last: Whether to leave out the last, smaller batch.
+        drop_last: Whether to leave out the last, smaller training batch.
         rank: This process's rank.
         world_size: Number of processes.
 
     Raises:
-        UserError: If ``batch_size`` is below 1 or does not divide by ``world_size``, or ``seed`` is negative.
+        UserError: If ``batch_size`` is below 1 or does not divide by ``world_size``, ``seed`` is negative, there are
+            fewer samples than processes, or with ``drop_last`` no batch is full.
     """
 
     def __init__(
@@ -75,12 +76,16 @@ class EpochOrder:
             raise UserError(
                 f"batch_size is {batch_size}; it must divide by the {world_size} processes (devices: 1 trains in one)"
             )
+        if size < world_size:
+            raise UserError(f"{size} samples cannot be shared by {world_size} processes")
         if shuffle:
             full, rest = divmod(size, batch_size)
             rest = 0 if drop_last else rest // world_size * world_size
             self._stops = [(i + 1) * batch_size for i in range(full)]
             if rest:
                 self._stops.append(full * batch_size + rest)
+            if not self._stops:
+                raise UserError(f"batch_size is {batch_size}, but with drop_last {size} samples do not fill one batch")
         else:
             local = batch_size // world_size
             shares = [len(range(r, size, world_size)) for r in range(world_size)]
@@ -159,9 +164,11 @@ class EpochOrder:
         """Continue after the batch at which :meth:`state_dict` was taken.
 
         Raises:
-            UserError: If that was another order: of another size, batch size, world size or seed.
+            UserError: If that was amid another order: of another size, batch size, world size or seed.
         """
-        check_same_data(state, self._shape())
+        # at the very beginning any data will do, as after a search for a batch size
+        if (state.get("epoch"), state.get("position")) != (0, 0):
+            check_same_data(state, self._shape())
         self._loaded = int(state["epoch"]), int(state["position"])
         self._begin(*self._loaded)
         self._set = int(state["set_epoch"])
@@ -216,22 +223,3 @@ def check_seed(seed: int, name: str = "seed") -> None:
     """Refuse a seed that no generator takes."""
     if seed < 0:
         raise UserError(f"{name} is {seed}; it must be 0 or more")
-
-
-def shared_order(
-    size: int, batch_size: int, *, shuffle: bool, seed: int, drop_last: bool, rank: int, world_size: int
-) -> EpochOrder:
-    """Return this process's order, after a check that it can be shared out.
-
-    Raises:
-        UserError: If the batch or the samples cannot be shared out over the processes, or no batch is full.
-    """
-    if size < world_size:
-        raise UserError(f"{size} samples cannot be shared by {world_size} processes")
-    drop_last = shuffle and drop_last
-    order = EpochOrder(
-        size, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size
-    )
-    if not len(order):
-        raise UserError(f"batch_size is {batch_size}, but with drop_last {size} samples do not fill one batch")
-    return order

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lit_basics.callbacks.last import at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
 from lit_basics.finite import are_finite
 from lit_basics.modules import LitSupervised
 from lit_basics.nested import tensors_in
+from lit_basics.steps import at_step_boundary
 
 State = dict[str, Tensor]
 
