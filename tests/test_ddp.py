@@ -11,7 +11,6 @@ import yaml
 from helpers import metrics, write_npz
 
 FIT = [sys.executable, "-m", "lit_basics", "fit"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def words(path, run_dir, *more):
@@ -23,7 +22,7 @@ def words(path, run_dir, *more):
 
 
 def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -168,7 +167,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
         [*FIT, *words(path, tmp_path / "run", "--data.batch_size", "13"), "--config", "ddp"],
         capture_output=True,
         text=True,
-        env=ONE_THREAD,
         timeout=120,
     )
     assert done.returncode == 2
@@ -197,7 +195,7 @@ def test_loaders_that_are_not_shared_out_are_refused(missing, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(NOT_SHARED_OUT)
     command = [sys.executable, str(script), missing]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     size = 2 if missing == "rank" else 1
     for rank in (0, 1):
         assert (
@@ -240,7 +238,7 @@ class Tells(pl.Callback):
 )
 def test_a_long_epoch_is_saved_within(more, batch, tmp_path, monkeypatch):
     (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
-    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     path = write_npz(tmp_path / "images.npz", train=1300)
     more = [*more, "--trainer.max_epochs", "1", "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
     done = run([*FIT, *words(path, tmp_path / "run"), *more])
@@ -306,7 +304,7 @@ WITHOUT_VALIDATION = {
 def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch):
     # without a validation, the bar is the first to read the epoch's means
     (tmp_path / "logs_itself.py").write_text(LOGS_ITSELF)
-    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     data = ["--data", "SyntheticCIFAR10", "--data.train_images", "80", "--data.test_images", "20"]
     data += ["--data.val_size", "0", "--data.batch_size", "40"]
     settings = ["--trainer.max_epochs", "5", "--run_dir", str(tmp_path / "run")]

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, RandomState, SyntheticCIFAR10, fitting
+from lit_basics.callbacks import last
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
@@ -242,6 +243,7 @@ def test_a_run_that_ends_within_a_step_goes_on_there(batch, mode, tmp_path):
 def test_a_stop_that_must_wait_is_no_end(tmp_path, monkeypatch):
     """Without the look at ``min_epochs`` each batch after the request would be saved."""
     saved = []
+    monkeypatch.setattr(last, "MIN_SECONDS", 1e6)
     save = LastCheckpoint.save
     monkeypatch.setattr(LastCheckpoint, "save", lambda self, trainer: [saved.append(1), save(self, trainer)])
     stop = ["--trainer.callbacks+=lit_basics.verification.runs.StopAfter", "--trainer.callbacks.steps=3"]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import random
 import re
 import signal
@@ -842,7 +841,6 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     lines = sorted(line for path in tmp_path.glob("results*.txt") for line in path.read_text().splitlines())
