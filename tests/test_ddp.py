@@ -68,7 +68,9 @@ def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
     run([*FIT, *words(path, folder, *more)])
     whole = metrics(folder)
     first, *_ = (folder / "checkpoints").glob("epoch*step=1.ckpt")
+    saved = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     run([*FIT, "--resume", str(first)])
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns > saved  # it did train
     assert {step: row["train/loss"] for step, row in metrics(folder).items()} == {
         step: row["train/loss"] for step, row in whole.items()
     }

@@ -317,7 +317,8 @@ def test_auto_takes_the_run_that_was_saved_last_whatever_its_name(tmp_path):
     for name in ("zzz", "2026-01-01_00-00-00"):
         fit(*SMALL, "--trainer.max_epochs", "1", run_dir=f"runs/quickstart/{name}")
     assert main(["fit", *SMALL, "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
-    assert newest(tmp_path / "runs" / "quickstart" / "zzz")["global_step"] == 8
+    steps = {run.name: newest(run)["global_step"] for run in (tmp_path / "runs" / "quickstart").iterdir()}
+    assert steps == {"zzz": 8, "2026-01-01_00-00-00": 16}
 
 
 def test_what_is_null_now_is_a_change():

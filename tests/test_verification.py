@@ -1082,6 +1082,7 @@ def test_every_demo_module_of_lightning_gets_verdicts(model, data, tmp_path, mon
     report = verify(model(), datamodule=data() if data else None, **EXACT)
     assert len(report.verdicts) == 5
     assert "Traceback" not in str(report)
+    assert "the run ended in" not in str(report)
     print(report)
 
 
