@@ -108,7 +108,7 @@ def test_the_watch_sees_what_is_done_outside(watch, tmp_path):
     here = os.path.realpath(tmp_path)
     done = ["open", "os.truncate", "os.remove"], ["os.mkdir", "os.rmdir"]
     assert watch.seen == [
-        f"{event} {here}/{name}" for name, events in zip(("file", "folder"), done, strict=False) for event in events
+        f"{event} {here}/{name}" for name, events in zip(("file", "folder"), done, strict=True) for event in events
     ]
     Path("file").touch()
     Path("file").unlink()

@@ -425,6 +425,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(policy, case, tmp_path):
         assert again.faults == guard.faults
         assert_equal(resumed.state_dict(), whole.state_dict())
         assert_equal(momentum(other.optimizers[0]), momentum(fitted.optimizers[0]))
+        assert other.callback_metrics["train/loss"] == fitted.callback_metrics["train/loss"]
 
 
 @pytest.mark.filterwarnings(WARNINGS)

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_equal, fit, metrics, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from lit_basics import LastCheckpoint, LitBlitzNet, Preemption, SyntheticCIFAR10, UserError
+from lit_basics import LastCheckpoint, LitBlitzNet, LitClassifier, Preemption, SyntheticCIFAR10, UserError
+from lit_basics.callbacks.preemption import SAME_SECONDS, SIGNALS
 from lit_basics.cli import main
 
 WORDS = (
@@ -95,6 +98,31 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
     check(whole, Path("run"))
 
 
+def test_a_second_ctrl_c_leaves_at_once():
+    """In a step that does not end; without the second handler it would have to be killed."""
+    words = ["fit", *WORDS, "--run_dir", "run"]
+    stuck = SLOW.replace("time.sleep(0.1 if self.global_step >= 60 else 0)", "print('stuck'), time.sleep(1000)")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", stuck, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    try:
+        while process.stdout.readline() != "stuck\n":
+            assert process.poll() is None, process.communicate()[1]
+        process.send_signal(signal.SIGINT)
+        while "again leaves at once" not in (line := process.stderr.readline()):
+            assert line, process.wait()
+        time.sleep(SAME_SECONDS + 0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+
+
 SLOW_DATA = """
 import os, time
 import lightning.pytorch as pl
@@ -139,6 +167,35 @@ def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(nu
     done = subprocess.run([*program, "--resume", "run"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 32
+
+
+class Programs(Dataset):
+    """Each sample has the signals that a program started by its worker ignores."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        line = subprocess.run(["grep", "SigIgn", "/proc/self/status"], capture_output=True, text=True).stdout
+        return torch.rand(3), index, int(line.split()[1], 16) & 0xFFFFFFFF
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_program_that_a_worker_starts_takes_signals(tmp_path):
+    """With ``SIG_IGN`` in the place of ``_pass_over`` it inherits that, and no Ctrl-C ends it."""
+    masks = []
+
+    class Ends(LitClassifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            masks.extend(batch[2].tolist())
+
+    numbers = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    assert signal.SIGTERM in numbers
+    fitted = in_a_project(LastCheckpoint(str(tmp_path)))
+    fitted.fit(Ends(nn.Linear(3, 2)), DataLoader(Programs(), num_workers=1))
+    assert len(masks) == 2
+    assert not {number for number in numbers for mask in masks if mask >> (number - 1) & 1}
 
 
 STUCK = """
