@@ -16,7 +16,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, RandomState, SyntheticCIFAR10, fitting
+from lit_basics import (
+    BestLossCheckpoint,
+    LitBlitzNet,
+    LitClassifier,
+    RandomState,
+    SyntheticCIFAR10,
+    checkpoint_io,
+    fitting,
+)
 from lit_basics.callbacks import last
 from lit_basics.callbacks.last import LastCheckpoint, at_step_boundary
 from lit_basics.callbacks.random_state import generator_states
@@ -276,6 +284,27 @@ def test_auto_takes_the_newest_good_run_of_the_recipe(tmp_path, capsys):
     assert len(list((tmp_path / "runs" / "quickstart").iterdir())) == 2
 
 
+def test_auto_takes_the_best_if_the_last_is_damaged_and_names_it(tmp_path):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    for name in ("last.ckpt", "last.ckpt.previous"):
+        (run / "checkpoints" / name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"last.ckpt is damaged.*; going on from .*best.ckpt"):
+        assert main(["fit", *SMALL, "--run_dir", "run", "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
+    assert newest(run)["global_step"] == 16
+
+
+def test_auto_does_not_go_round_a_whole_checkpoint_that_it_cannot_load(tmp_path, monkeypatch, capsys):
+    """Without the look at ``is_whole`` a run that a newer version made is taken for damaged, and begun anew."""
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint_io, "installed", lambda package: "99.0")
+        run = fit(*SMALL, "--trainer.max_epochs", "1", run_dir="runs/quickstart/newer")
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    for place in ([], ["--run_dir", str(run)]):
+        assert main(["fit", *SMALL, *place, "--resume", "auto", "--trainer.max_epochs", "2"]) == 2
+        assert "was written by a newer lit_basics, 99.0" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
 def test_auto_never_writes_over_a_run_that_it_cannot_read(tmp_path, capsys):
     """Without the error in ``find_run`` a new run is begun in the folder; all its files go when that fails."""
     run = fit(*SMALL, "--trainer.max_epochs", "1")
@@ -409,6 +438,24 @@ def test_a_new_learning_rate_wins_over_the_checkpoint(tmp_path, capsys):
     assert {row["lr"] for step, row in table.items() if step <= 8 and "lr" in row} == {0.03}
     assert {row["lr"] for step, row in table.items() if step > 8 and "lr" in row} == {0.001}
     assert "resuming with model.optimizer.lr 0.001 (was 0.03)" in capsys.readouterr().out
+
+
+def test_a_new_learning_rate_is_scaled_by_the_schedule_so_far(tmp_path):
+    """Without the scaling the rates after the resume are 0.4 and 0.2, or the old ones."""
+    fall = [
+        "--model.lr_scheduler",
+        "StepLR",
+        "--model.lr_scheduler.step_size",
+        "1",
+        "--model.lr_scheduler.gamma",
+        "0.5",
+    ]
+    words = ["--config", "quickstart", "--data.train_images", "200", "--trainer.log_every_n_steps", "1"]
+    run = fit(*words, *fall, "--model.optimizer.lr", "0.04", "--trainer.max_epochs", "2")
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.4"]) == 0
+    table = metrics(run)
+    assert len(table) == 12
+    assert [table[step]["lr"] for step in (1, 4, 7, 10)] == pytest.approx([0.04, 0.02, 0.1, 0.05])
 
 
 def rates(table, above):
