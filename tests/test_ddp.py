@@ -1,6 +1,8 @@
 """Two and three processes on the CPU, with gloo: gradients, validation, loggers, launchers."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 import torch
 import yaml
 from helpers import metrics, write_npz
+
+from lit_basics.cli import main
 
 FIT = [sys.executable, "-m", "lit_basics", "fit"]
 
@@ -45,7 +49,7 @@ def test_two_ranks_give_one_ranks_gradients(mode, tmp_path):
     more = ["--data.val_size", "12", "--data.flip", "true", "--data.crop", "2"]
     more += ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.2"]
     more += MODES[mode]
-    run([*FIT, *words(path, tmp_path / "one", *more)])
+    assert main(["fit", *words(path, tmp_path / "one", *more)]) == 0
     run([*FIT, *words(path, tmp_path / "two", *more, "--config", "ddp")])
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert list(one) == list(two)
@@ -131,31 +135,34 @@ class Counted(LitLeNet5):
         self.seen = getattr(self, "seen", 0) + len(batch[1])
         super().validation_step(batch, batch_idx)
 
-ranks = int(sys.argv[1])
-for n in (64, 65, 67):
-    torch.manual_seed(0)
-    model = Counted()
-    trainer = pl.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=n), verbose=False)
-    seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
-    if trainer.is_global_zero:
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        print("RESULT", json.dumps([n, int(seen), values]), flush=True)
-os._exit(0)  # gloo's threads may abort Python's own exit
+def validate(ranks):
+    rows = []
+    for n in (64, 65, 67):
+        torch.manual_seed(0)
+        model = Counted()
+        trainer = pl.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
+                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=n), verbose=False)
+        seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
+        rows.append([n, int(seen), {k: float(v) for k, v in trainer.callback_metrics.items()}])
+    return rows
+
+if __name__ == "__main__":
+    rows = validate(int(sys.argv[1]))
+    if os.environ["LOCAL_RANK"] == "0":
+        print("RESULT", json.dumps(rows), flush=True)
+    os._exit(0)  # gloo's threads may abort Python's own exit
 """
 
 
 def test_validation_counts_every_image_once_at_any_world_size(tmp_path):
-    import json
-
     script = tmp_path / "validate.py"
     script.write_text(VALIDATE)
-    results = {}
-    for ranks in (1, 2, 3):
+    results = {1: runpy.run_path(str(script))["validate"](1)}
+    for ranks in (2, 3):
         done = run([sys.executable, "-W", "ignore", str(script), str(ranks)])
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        results[ranks] = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        results[ranks] = json.loads(line.removeprefix("RESULT "))
     assert [n for n, _, _ in results[1]] == [64, 65, 67]
     for ranks, rows in results.items():
         for (n, seen, values), (_, _, expected) in zip(rows, results[1], strict=True):

@@ -1,5 +1,6 @@
 """A resumed run ends with the weights, the optimizer, the random state and the rows of one that never stopped."""
 
+import functools
 import importlib
 import random
 import shutil
@@ -121,6 +122,9 @@ def test_resumes_exactly_from_every_step(case, mode, tmp_path):
     last = f"epoch{whole['rest'][1] - 1}"
     checkpoints = [path for path in sorted(tmp_path.glob("*.ckpt")) if path.stem != last]
     assert len(checkpoints) >= 8
+    if mode == "manual":  # the second epoch's batches, the first batch and the ends of epochs are enough
+        middle = [f"batch{number}.ckpt" for number in (1, *range(7, 13))]
+        checkpoints = [path for path in checkpoints if path.name in middle or path.stem.startswith("epoch")]
     for checkpoint in checkpoints:
         resumed = train(settings, MODES[mode], interval, checkpoint=checkpoint)
         for part in ("weights", "momentum", "random"):
@@ -167,13 +171,20 @@ ENDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A function that makes a whole run by these words, each once."""
+    folder = tmp_path_factory.mktemp("whole")
+    return functools.cache(lambda *words: fit(*words, run_dir=folder / str(len(list(folder.iterdir())))))
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 @pytest.mark.parametrize("mode", [[], ["--model.steps_per_execution", "3"]])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, tmp_path):
+def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, whole_run, tmp_path):
     """Without the save within the epoch Lightning takes it for done, and the run lacks the rest of its steps."""
     every, (step, words) = ["--trainer.val_check_interval", "3", "--trainer.max_epochs", "3"], ENDS[end]
-    whole = fit(*SMALL, *mode, *every, run_dir="whole")
+    whole = whole_run(*SMALL, *mode, *every)
     run = fit(*SMALL, *mode, *every, *words)
     ended = newest(run)["global_step"]
     assert step <= ended < step + (3 if words is STOP and mode else 1)
