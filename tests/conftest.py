@@ -6,6 +6,15 @@ import sys
 import pytest
 import torch
 
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LIT_BASICS_RUN_DIR")
+
+# neither this machine's GPUs nor its launcher are the suite's; the processes that tests start inherit this
+for name in list(os.environ):
+    if name in LAUNCHERS or name.startswith(("SLURM_", "TORCHELASTIC_", "PL_", "WANDB_")):
+        del os.environ[name]
+if "LIT_BASICS_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_SILENT"] = "true"
 torch.set_num_threads(1)
 
@@ -13,7 +22,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def clean_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIT_BASICS_RUN_DIR", raising=False)
     torch.manual_seed(0)
     yield
     for name in ("LIT_BASICS_RUN_DIR", "WANDB_MODE"):  # set for the processes that a run starts

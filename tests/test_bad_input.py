@@ -133,6 +133,10 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --model.lr_scheduler StepLr", ["model.lr_scheduler", "StepLr", "'StepLR'"]),
         ("fit --config quickstart --model.lr_scheduler StepLR", ["StepLR", "step_size"]),
         (
+            "fit --config quickstart --model.lr_scheduler OneCycleLR --model.lr_scheduler.max_lr 0.1",
+            ["lr_scheduler cannot be made", "total_steps"],
+        ),
+        (
             "fit --config quickstart --model.lr_scheduler ReduceLROnPlateau",
             ["torch.optim.lr_scheduler.ReduceLROnPlateau"],
         ),
@@ -596,6 +600,11 @@ def test_a_variable_of_the_shell_that_is_not_set(refused, trained, words):
 def test_nothing_to_predict(refused, trained):
     words = ["predict", "--run_dir", trained, "--trainer.limit_predict_batches", "0"]
     refused(words, "nothing to predict")
+
+
+def test_a_prediction_by_two_processes(refused, trained):
+    words = ["predict", "--run_dir", trained, "--config", "ddp"]
+    refused(words, "predict runs in one process: --trainer.devices 1")
 
 
 HPARAMS = """

@@ -1,6 +1,8 @@
 """Two and three processes on the CPU, with gloo: gradients, validation, loggers, launchers."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ import torch
 import yaml
 from helpers import metrics, write_npz
 
+from lit_basics.cli import main
+
 FIT = [sys.executable, "-m", "lit_basics", "fit"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def words(path, run_dir, *more):
@@ -23,7 +26,7 @@ def words(path, run_dir, *more):
 
 
 def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -46,7 +49,7 @@ def test_two_ranks_give_one_ranks_gradients(mode, tmp_path):
     more = ["--data.val_size", "12", "--data.flip", "true", "--data.crop", "2"]
     more += ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.2"]
     more += MODES[mode]
-    run([*FIT, *words(path, tmp_path / "one", *more)])
+    assert main(["fit", *words(path, tmp_path / "one", *more)]) == 0
     run([*FIT, *words(path, tmp_path / "two", *more, "--config", "ddp")])
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert list(one) == list(two)
@@ -69,7 +72,9 @@ def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
     run([*FIT, *words(path, folder, *more)])
     whole = metrics(folder)
     first, *_ = (folder / "checkpoints").glob("epoch*step=1.ckpt")
+    saved = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     run([*FIT, "--resume", str(first)])
+    assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns > saved  # it did train
     assert {step: row["train/loss"] for step, row in metrics(folder).items()} == {
         step: row["train/loss"] for step, row in whole.items()
     }
@@ -131,31 +136,34 @@ class Counted(LitLeNet5):
         self.seen = getattr(self, "seen", 0) + len(batch[1])
         super().validation_step(batch, batch_idx)
 
-ranks = int(sys.argv[1])
-for n in (64, 65, 67):
-    torch.manual_seed(0)
-    model = Counted()
-    trainer = pl.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=n), verbose=False)
-    seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
-    if trainer.is_global_zero:
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        print("RESULT", json.dumps([n, int(seen), values]), flush=True)
-os._exit(0)  # gloo's threads may abort Python's own exit
+def validate(ranks):
+    rows = []
+    for n in (64, 65, 67):
+        torch.manual_seed(0)
+        model = Counted()
+        trainer = pl.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
+                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=n), verbose=False)
+        seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
+        rows.append([n, int(seen), {k: float(v) for k, v in trainer.callback_metrics.items()}])
+    return rows
+
+if __name__ == "__main__":
+    rows = validate(int(sys.argv[1]))
+    if os.environ["LOCAL_RANK"] == "0":
+        print("RESULT", json.dumps(rows), flush=True)
+    os._exit(0)  # gloo's threads may abort Python's own exit
 """
 
 
 def test_validation_counts_every_image_once_at_any_world_size(tmp_path):
-    import json
-
     script = tmp_path / "validate.py"
     script.write_text(VALIDATE)
-    results = {}
-    for ranks in (1, 2, 3):
+    results = {1: runpy.run_path(str(script))["validate"](1)}
+    for ranks in (2, 3):
         done = run([sys.executable, "-W", "ignore", str(script), str(ranks)])
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        results[ranks] = [json.loads(line.removeprefix("RESULT ")) for line in lines]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        results[ranks] = json.loads(line.removeprefix("RESULT "))
     assert [n for n, _, _ in results[1]] == [64, 65, 67]
     for ranks, rows in results.items():
         for (n, seen, values), (_, _, expected) in zip(rows, results[1], strict=True):
@@ -169,7 +177,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
         [*FIT, *words(path, tmp_path / "run", "--data.batch_size", "13"), "--config", "ddp"],
         capture_output=True,
         text=True,
-        env=ONE_THREAD,
         timeout=120,
     )
     assert done.returncode == 2
@@ -198,7 +205,7 @@ def test_loaders_that_are_not_shared_out_are_refused(missing, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(NOT_SHARED_OUT)
     command = [sys.executable, str(script), missing]
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     size = 2 if missing == "rank" else 1
     for rank in (0, 1):
         assert (
@@ -241,7 +248,7 @@ class Tells(pl.Callback):
 )
 def test_a_long_epoch_is_saved_within(more, batch, tmp_path, monkeypatch):
     (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
-    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     path = write_npz(tmp_path / "images.npz", train=1300)
     more = [*more, "--trainer.max_epochs", "1", "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
     done = run([*FIT, *words(path, tmp_path / "run"), *more])
@@ -307,7 +314,7 @@ WITHOUT_VALIDATION = {
 def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch):
     # without a validation, the bar is the first to read the epoch's means
     (tmp_path / "logs_itself.py").write_text(LOGS_ITSELF)
-    monkeypatch.setitem(ONE_THREAD, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     data = ["--data", "SyntheticCIFAR10", "--data.train_images", "80", "--data.test_images", "20"]
     data += ["--data.val_size", "0", "--data.batch_size", "40"]
     settings = ["--trainer.max_epochs", "5", "--run_dir", str(tmp_path / "run")]

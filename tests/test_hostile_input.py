@@ -38,7 +38,8 @@ from lit_basics.recipes import recipe_names, recipe_path
 
 
 class Watch:
-    """Notes what must not happen: a canary imported or called, a process started, a file written outside the root."""
+    """Notes what must not happen: a canary imported or called, a process started, a file written or removed
+    outside the root."""
 
     def __init__(self):
         self.root, self.seen = None, []
@@ -52,13 +53,18 @@ class Watch:
             pass  # jsonargparse asks Python for its path, to find the types of a library without any
         elif event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"):
             self.seen.append(f"{event} {args!r:.200}")
-        elif event == "open" and isinstance(args[0], str) and _writes(args):
+        elif event == "open" and isinstance(args[0], (str, bytes)) and _writes(args):
             self._check(event, args[0])
         elif event in ("os.mkdir", "os.rename", "os.link", "os.symlink"):
             self._check(event, args[0 if event == "os.mkdir" else 1])
+        elif event in ("os.remove", "os.rmdir"):
+            self._check(event, args[0], args[1])
+        elif event == "os.truncate" and isinstance(args[0], (str, bytes)):
+            self._check(event, args[0])
 
-    def _check(self, event, path):
-        path = os.path.realpath(os.fsdecode(path))
+    def _check(self, event, path, folder=-1):
+        folder = "" if folder == -1 else os.readlink(f"/proc/self/fd/{folder}")
+        path = os.path.realpath(os.path.join(folder, os.fsdecode(path)))
         if path != self.root and not path.startswith((f"{self.root}/", "/dev/", "/proc/")):
             self.seen.append(f"{event} {path}")
 
@@ -88,6 +94,25 @@ def watch(tmp_path, monkeypatch):
     WATCH.root, WATCH.seen = os.path.realpath(root), []
     yield WATCH
     WATCH.root = None
+
+
+def test_the_watch_sees_what_is_done_outside(watch, tmp_path):
+    path, folder = os.fsencode(tmp_path / "file"), tmp_path / "folder"
+    open(path, "w").close()
+    os.truncate(path, 0)
+    os.remove(path)
+    folder.mkdir()
+    handle = os.open(tmp_path, os.O_RDONLY)
+    os.rmdir("folder", dir_fd=handle)
+    os.close(handle)
+    here = os.path.realpath(tmp_path)
+    done = ["open", "os.truncate", "os.remove"], ["os.mkdir", "os.rmdir"]
+    assert watch.seen == [
+        f"{event} {here}/{name}" for name, events in zip(("file", "folder"), done, strict=True) for event in events
+    ]
+    Path("file").touch()
+    Path("file").unlink()
+    assert len(watch.seen) == 5
 
 
 @contextlib.contextmanager

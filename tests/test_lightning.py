@@ -206,7 +206,6 @@ def test_a_validation_before_the_fit(foreign):
     assert all("grad/norm" in rows.table()[step] for step in range(1, 9))
 
 
-@pytest.mark.filterwarnings("ignore:.*many workers")
 def test_a_metric_that_adds_in_place_after_a_validation_before_the_fit():
     loader = DataLoader(TensorDataset(torch.rand(8, 3), torch.rand(8, 1)), batch_size=4)
     model = LitSupervised(nn.Linear(3, 1), nn.MSELoss(), metrics={"mse": MeanSquaredError()})

@@ -7,7 +7,7 @@ import torch
 from helpers import Rows, quiet_trainer
 from torch import nn
 
-from lit_basics import GradientMonitor, LitClassifier, SyntheticCIFAR10
+from lit_basics import GradientMonitor, LitClassifier, LossReport, SyntheticCIFAR10
 from lit_basics.recording import ROWS, StepRecorder, recorder_of
 
 
@@ -80,6 +80,27 @@ def test_not_a_number_is_logged(trainer, rows):
     recorder.put(1, "x", torch.tensor(float("nan")))
     recorder.flush()
     assert rows.rows[0][1]["x"] != rows.rows[0][1]["x"]
+
+
+def test_a_step_that_broke_in_its_first_half_is_left_out_by_a_resumed_run_too(trainer):
+    """Without ``left_out`` in the state the mean of the epoch is nan, where the run that never stopped has a number."""
+    recorder = recorder_of(trainer)
+    recorder.put(1, "x", math.nan, part=0)
+    recorder.leave_out(1, 1)
+    other = StepRecorder(trainer)
+    other.load_state_dict(recorder.state_dict(), step=1, every=1)
+    other.put(1, "x", 3.0, part=1)
+    other.put(2, "x", 4.0)
+    assert other.epoch_means() == {"x": 4.0}
+
+
+def test_of_steps_that_broke_no_more_are_kept_than_could_be_left_out(trainer):
+    """Without the bound a checkpoint of a run whose loss is NaN for long grows with every step."""
+    recorder = recorder_of(trainer)
+    for step in range(1, 11 * ROWS + 2):
+        recorder.put(step, "x", math.nan)
+    assert math.isnan(recorder.epoch_means()["x"])
+    assert len(recorder.state_dict()["broken"]["x"]) == 10 * ROWS
 
 
 def test_many_columns_and_late_ones(trainer, rows):
@@ -165,6 +186,17 @@ def test_steps_count_from_one_and_are_complete(rows, manual):
     assert table[16]["train/loss_epoch"] == pytest.approx(mean)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean)
     assert {"val/loss", "val/acc"} <= set(table[8]) & set(table[16])
+
+
+def test_a_report_of_two_steps_counts_anew_in_each_epoch(rows):
+    """Without ``LossReport.on_train_epoch_start`` the second epoch's first report takes a loss of the first epoch."""
+    fitted = quiet_trainer(LossReport(every_n_steps=2), max_epochs=2, logger=rows, log_every_n_steps=1)
+    model = LitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+    fitted.fit(model, datamodule=SyntheticCIFAR10(30, 10, batch_size=10, val_size=0))
+    table = rows.table()
+    reports = {step: row["train/loss_mean_2"] for step, row in table.items() if "train/loss_mean_2" in row}
+    losses = {step: table[step]["train/loss"] for step in range(1, 7)}
+    assert reports == {step: (losses[step - 1] + losses[step]) / 2 for step in (2, 5)}
 
 
 def test_a_training_step_of_the_users_is_recorded_too(rows):

@@ -1,5 +1,6 @@
 """A resumed run ends with the weights, the optimizer, the random state and the rows of one that never stopped."""
 
+import functools
 import importlib
 import random
 import shutil
@@ -16,7 +17,16 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_basics import BestLossCheckpoint, LitBlitzNet, LitClassifier, RandomState, SyntheticCIFAR10, fitting
+from lit_basics import (
+    BestLossCheckpoint,
+    LitBlitzNet,
+    LitClassifier,
+    RandomState,
+    SyntheticCIFAR10,
+    checkpoint_io,
+    fitting,
+)
+from lit_basics.callbacks import last
 from lit_basics.callbacks.last import LastCheckpoint
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.cli import main
@@ -113,6 +123,9 @@ def test_resumes_exactly_from_every_step(case, mode, tmp_path):
     last = f"epoch{whole['rest'][1] - 1}"
     checkpoints = [path for path in sorted(tmp_path.glob("*.ckpt")) if path.stem != last]
     assert len(checkpoints) >= 8
+    if mode == "manual":  # the second epoch's batches, the first batch and the ends of epochs are enough
+        middle = [f"batch{number}.ckpt" for number in (1, *range(7, 13))]
+        checkpoints = [path for path in checkpoints if path.name in middle or path.stem.startswith("epoch")]
     for checkpoint in checkpoints:
         resumed = train(settings, MODES[mode], interval, checkpoint=checkpoint)
         for part in ("weights", "momentum", "random"):
@@ -159,13 +172,20 @@ ENDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A function that makes a whole run by these words, each once."""
+    folder = tmp_path_factory.mktemp("whole")
+    return functools.cache(lambda *words: fit(*words, run_dir=folder / str(len(list(folder.iterdir())))))
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 @pytest.mark.parametrize("mode", [[], ["--model.steps_per_execution", "3"]])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, tmp_path):
+def test_a_run_that_ends_within_an_epoch_goes_on_there(end, mode, whole_run, tmp_path):
     """Without the save within the epoch Lightning takes it for done, and the run lacks the rest of its steps."""
     every, (step, words) = ["--trainer.val_check_interval", "3", "--trainer.max_epochs", "3"], ENDS[end]
-    whole = fit(*SMALL, *mode, *every, run_dir="whole")
+    whole = whole_run(*SMALL, *mode, *every)
     run = fit(*SMALL, *mode, *every, *words)
     ended = newest(run)["global_step"]
     assert step <= ended < step + (3 if words is STOP and mode else 1)
@@ -243,6 +263,7 @@ def test_a_run_that_ends_within_a_step_goes_on_there(batch, mode, tmp_path):
 def test_a_stop_that_must_wait_is_no_end(tmp_path, monkeypatch):
     """Without the look at ``min_epochs`` each batch after the request would be saved."""
     saved = []
+    monkeypatch.setattr(last, "MIN_SECONDS", 1e6)
     save = LastCheckpoint.save
     monkeypatch.setattr(LastCheckpoint, "save", lambda self, trainer: [saved.append(1), save(self, trainer)])
     stop = ["--trainer.callbacks+=lit_basics.verification.runs.StopAfter", "--trainer.callbacks.steps=3"]
@@ -273,6 +294,27 @@ def test_auto_takes_the_newest_good_run_of_the_recipe(tmp_path, capsys):
         assert main(["fit", *words[:-4], "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
     assert newest(first)["global_step"] == 16
     assert len(list((tmp_path / "runs" / "quickstart").iterdir())) == 2
+
+
+def test_auto_takes_the_best_if_the_last_is_damaged_and_names_it(tmp_path):
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    for name in ("last.ckpt", "last.ckpt.previous"):
+        (run / "checkpoints" / name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"last.ckpt is damaged.*; going on from .*best.ckpt"):
+        assert main(["fit", *SMALL, "--run_dir", "run", "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
+    assert newest(run)["global_step"] == 16
+
+
+def test_auto_does_not_go_round_a_whole_checkpoint_that_it_cannot_load(tmp_path, monkeypatch, capsys):
+    """Without the look at ``is_whole`` a run that a newer version made is taken for damaged, and begun anew."""
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint_io, "installed", lambda package: "99.0")
+        run = fit(*SMALL, "--trainer.max_epochs", "1", run_dir="runs/quickstart/newer")
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    for place in ([], ["--run_dir", str(run)]):
+        assert main(["fit", *SMALL, *place, "--resume", "auto", "--trainer.max_epochs", "2"]) == 2
+        assert "was written by a newer lit_basics, 99.0" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
 
 
 def test_auto_never_writes_over_a_run_that_it_cannot_read(tmp_path, capsys):
@@ -331,7 +373,8 @@ def test_auto_takes_the_run_that_was_saved_last_whatever_its_name(tmp_path):
     for name in ("zzz", "2026-01-01_00-00-00"):
         fit(*SMALL, "--trainer.max_epochs", "1", run_dir=f"runs/quickstart/{name}")
     assert main(["fit", *SMALL, "--resume", "auto", "--trainer.max_epochs", "2"]) == 0
-    assert newest(tmp_path / "runs" / "quickstart" / "zzz")["global_step"] == 8
+    steps = {run.name: newest(run)["global_step"] for run in (tmp_path / "runs" / "quickstart").iterdir()}
+    assert steps == {"zzz": 8, "2026-01-01_00-00-00": 16}
 
 
 def test_what_is_null_now_is_a_change():
@@ -437,6 +480,24 @@ def test_a_new_learning_rate_wins_over_the_checkpoint(tmp_path, capsys):
     assert {row["lr"] for step, row in table.items() if step <= 8 and "lr" in row} == {0.03}
     assert {row["lr"] for step, row in table.items() if step > 8 and "lr" in row} == {0.001}
     assert "resuming with model.optimizer.lr 0.001 (was 0.03)" in capsys.readouterr().out
+
+
+def test_a_new_learning_rate_is_scaled_by_the_schedule_so_far(tmp_path):
+    """Without the scaling the rates after the resume are 0.4 and 0.2, or the old ones."""
+    fall = [
+        "--model.lr_scheduler",
+        "StepLR",
+        "--model.lr_scheduler.step_size",
+        "1",
+        "--model.lr_scheduler.gamma",
+        "0.5",
+    ]
+    words = ["--config", "quickstart", "--data.train_images", "200", "--trainer.log_every_n_steps", "1"]
+    run = fit(*words, *fall, "--model.optimizer.lr", "0.04", "--trainer.max_epochs", "2")
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "4", "--model.optimizer.lr", "0.4"]) == 0
+    table = metrics(run)
+    assert len(table) == 12
+    assert [table[step]["lr"] for step in (1, 4, 7, 10)] == pytest.approx([0.04, 0.02, 0.1, 0.05])
 
 
 def rates(table, above):

@@ -135,6 +135,24 @@ def test_data_of_another_length_behind_the_same_key(tmp_path, capsys):
     assert newest()["global_step"] == 2 + 2 * 3
 
 
+def test_another_number_of_processes(capsys):
+    """Without "world_size" among what is compared each process would go on at another place of the data."""
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    state = newest()  # to be as of two processes
+    state["random_state"] *= 2
+    for part in state["loops"]["fit_loop"]["state_dict"]["combined_loader"]:
+        part["world_size"] = 2
+    (run / "checkpoints" / "last.ckpt.sha256").unlink()
+    torch.save(state, run / "checkpoints" / "last.ckpt")
+    contents = files(run)
+    assert resumed() == 2
+    assert "had world_size 2, here it is 1" in capsys.readouterr().err
+    assert files(run) == contents
+    assert resumed("--resume_reset") == 0
+    assert "data of world_size 1 (was 2)" in capsys.readouterr().out
+    assert newest()["global_step"] == 24
+
+
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [

@@ -187,7 +187,10 @@ class Spoilt(LitSpeedNet96):
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_guard_and_lookahead_go_together(policy):
     model = Spoilt(**WIDTHS)
-    fit(model, images(), NonFiniteGuard(policy))  # rolled back to before the whitening and the slow weights
+    guard = NonFiniteGuard(policy)
+    fit(model, images(), guard)  # rolled back to before the whitening and the slow weights
+    assert guard.faults == 1
+    assert all(value.isfinite().all() for value in model.state_dict().values())
     assert model.net.whitened
     assert model.proxy.whitened
 
@@ -272,7 +275,9 @@ def test_a_resume_with_another_rate_is_refused(capsys):
         assert main(words) == 2
         assert f"LookaheadSGD has no one {flag} for all parameters" in capsys.readouterr().err
     assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "3", "--model.optimizer.momentum", "0.8"]) == 0
-    assert metrics(run)[6]["train/loss_epoch"]
+    assert math.isfinite(metrics(run)[6]["train/loss_epoch"])
+    (optimizer,) = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert {group["momentum"] for group in optimizer["param_groups"]} == {0.8}
 
 
 def test_a_training_without_an_end_is_refused():

@@ -1278,13 +1278,25 @@ def test_checkpoints_that_are_torn_fail():
     assert "damaged" in report["resume"].text
 
 
+class OfSeveralLoaders(BoringModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(sum(batch), batch_idx)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return super().validation_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
     ("model", "data"),
     [
         (BoringModel, None),
         (BoringModel, BoringDataModule),
         (BoringModel, BoringDataModuleNoLen),
-        (BoringModel, IterableBoringDataModule),
+        (OfSeveralLoaders, IterableBoringDataModule),
         (ManualOptimBoringModel, None),
         (DemoModel, BoringDataModule),
         (LightningLSTM, None),
@@ -1294,9 +1306,12 @@ def test_checkpoints_that_are_torn_fail():
 @pytest.mark.slow
 def test_every_demo_module_of_lightning_gets_verdicts(model, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()  # where two of them would put the text that they download
+    (tmp_path / "data" / "wikitext-2.txt").write_text(" ".join(map(str, torch.randint(0, 500, (3000,)).tolist())))
     report = verify(model(), datamodule=data() if data else None, **EXACT)
     assert len(report.verdicts) == 5
     assert "Traceback" not in str(report)
+    assert "the run ended in" not in str(report)
     print(report)
 
 
@@ -1364,6 +1379,8 @@ def test_by_command_a_failure_is_exit_code_1(tmp_path, capsys):
         (["--steps", "many"], "--steps is many; it must be a number of optimizer steps"),
         (["--steps", "1"], "--steps is 1; it must be at least 2"),
         (["--run_dir", "here"], "verify takes no --run_dir"),
+        (["--resume", "here"], "verify takes no --resume"),
+        (["--ckpt_path", "last.ckpt"], "verify takes no --ckpt_path"),
     ],
 )
 def test_wrong_words_are_refused(words, message, capsys):

@@ -71,7 +71,6 @@ class HalfPrecision(Foreign):
         return torch.optim.SGD(self.parameters(), lr=0.1, fused=self.fused)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("monitor", [GradientMonitor, ValueMonitor])
 def test_gradients_are_unscaled_under_a_fused_optimizer_too(monitor):
     """Without ``scale_left`` they are 256 times as large."""
@@ -86,7 +85,6 @@ def test_gradients_are_unscaled_under_a_fused_optimizer_too(monitor):
     assert all(0 < rows[key] < 10 for key in rows if "norm" in key)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize(("manual", "settings"), [(False, {}), (False, {"gradient_clip_val": 1e-3}), (True, {})])
 def test_a_foreign_module_gets_its_unclipped_norms(manual, settings):
     module = Foreign(manual)
@@ -98,14 +96,12 @@ def test_a_foreign_module_gets_its_unclipped_norms(manual, settings):
         assert table[step]["grad/norm"] == pytest.approx(sum(n**2 for n in norms.values()) ** 0.5)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_two_optimizers_each_show_their_own_parameters():
     table = fit(Foreign(manual=True, optimizers=2), GradientMonitor())
     assert set(table[1]) == {"grad/norm", "grad/norm/backbone.weight", "grad/norm/backbone.bias"}
     assert set(table[2]) == {"grad/norm", "grad/norm/head.weight", "grad/norm/head.bias"}
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize(("every", "steps"), [(4, [3, 4, 7, 8, 11, 12]), (3, [2, 3, 5, 6, 8, 9, 11, 12])])
 def test_of_two_optimizers_that_take_turns_both_are_shown(every, steps):
     """Counted by the step alone an even ``every_n_steps`` shows the second only, and of a GAN never the generator."""
@@ -116,14 +112,12 @@ def test_of_two_optimizers_that_take_turns_both_are_shown(every, steps):
         assert of == ["backbone" if step % 2 else "head"]
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_every_n_steps():
     assert list(fit(Foreign(), GradientMonitor(every_n_steps=3))) == [3, 6, 9]
     with pytest.raises(UserError, match="every_n_steps is 0"):
         GradientMonitor(0)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_the_weights_are_the_same_with_and_without_it():
     weights = []
     for callbacks in ([], [GradientMonitor()]):

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_equal, fit, metrics, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from lit_basics import LastCheckpoint, LitBlitzNet, Preemption, SyntheticCIFAR10, UserError
+from lit_basics import LastCheckpoint, LitBlitzNet, LitClassifier, Preemption, SyntheticCIFAR10, UserError
+from lit_basics.callbacks.preemption import SAME_SECONDS, SIGNALS
 from lit_basics.cli import main
 
 WORDS = (
@@ -81,8 +84,7 @@ def check(whole, run):
 
 
 @pytest.mark.parametrize(("number", "code"), NUMBERS.items())
-def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_path):
     process = start("my run")
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -96,8 +98,33 @@ def test_a_signal_saves_the_state_and_the_run_goes_on(number, code, whole, tmp_p
     check(whole, Path("my run"))
 
 
+def test_a_second_ctrl_c_leaves_at_once():
+    """In a step that does not end; without the second handler it would have to be killed."""
+    words = ["fit", *WORDS, "--run_dir", "run"]
+    stuck = SLOW.replace("time.sleep(0.1 if self.global_step >= 60 else 0)", "print('stuck'), time.sleep(1000)")
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", stuck, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    try:
+        while process.stdout.readline() != "stuck\n":
+            assert process.poll() is None, process.communicate()[1]
+        process.send_signal(signal.SIGINT)
+        while "again leaves at once" not in (line := process.stderr.readline()):
+            assert line, process.wait()
+        time.sleep(SAME_SECONDS + 0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+
+
 SLOW_DATA = """
-import time
+import os, time
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -107,7 +134,7 @@ class Images(Dataset):
         return 32
 
     def __getitem__(self, index):
-        time.sleep(0.1)
+        time.sleep(0 if os.path.exists("fast") else 0.1)
         return torch.full((3, 32, 32), index / 32), index % 10
 
 class Slow(pl.LightningDataModule):
@@ -117,12 +144,11 @@ class Slow(pl.LightningDataModule):
 
 
 @pytest.mark.parametrize(("number", "rows"), [(signal.SIGTERM, 3), (signal.SIGTERM, 11), (signal.SIGINT, 3)])
-def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(number, rows, tmp_path, monkeypatch):
+def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(number, rows, tmp_path):
     """Without ``_shield`` the fit ends in RuntimeError: DataLoader worker exited unexpectedly, and nothing is saved."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "slow.py").write_text(SLOW_DATA)
     program = [sys.executable, "-m", "lit_basics", "fit"]
-    words = ["--model", "LitBlitzNet", "--data", "slow.Slow", "--trainer.max_epochs", "2", "--run_dir", "run"]
+    words = ["--model", "LitBlitzNet", "--data", "slow.Slow", "--trainer.max_epochs", "4", "--run_dir", "run"]
     words += ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
     process = subprocess.Popen(
         [*program, *words], stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=interruptible
@@ -137,9 +163,39 @@ def test_a_signal_to_the_whole_group_ends_no_worker_before_the_state_is_saved(nu
     assert (
         torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] >= rows - 1
     )  # one line is the header
+    Path("fast").touch()
     done = subprocess.run([*program, "--resume", "run"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 16
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 32
+
+
+class Programs(Dataset):
+    """Each sample has the signals that a program started by its worker ignores."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        line = subprocess.run(["grep", "SigIgn", "/proc/self/status"], capture_output=True, text=True).stdout
+        return torch.rand(3), index, int(line.split()[1], 16) & 0xFFFFFFFF
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_program_that_a_worker_starts_takes_signals(tmp_path):
+    """With ``SIG_IGN`` in the place of ``_pass_over`` it inherits that, and no Ctrl-C ends it."""
+    masks = []
+
+    class Ends(LitClassifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            masks.extend(batch[2].tolist())
+
+    numbers = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    assert signal.SIGTERM in numbers
+    fitted = in_a_project(LastCheckpoint(str(tmp_path)))
+    fitted.fit(Ends(nn.Linear(3, 2)), DataLoader(Programs(), num_workers=1))
+    assert len(masks) == 2
+    assert not {number for number in numbers for mask in masks if mask >> (number - 1) & 1}
 
 
 STUCK = """
@@ -221,9 +277,8 @@ def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("command", ["fit", "test", "predict"])
-def test_a_signal_is_told_of_where_nothing_is_saved(command, number, code, tmp_path, monkeypatch):
+def test_a_signal_is_told_of_where_nothing_is_saved(command, number, code, tmp_path):
     """Lightning leaves with 0 after SIGTERM and 1 after Ctrl-C, and predicts on after SIGTERM."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if command == "fit":
         process = start("run", "--last_checkpoint", "false")
     else:
@@ -281,8 +336,7 @@ def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     in_a_project(saver).fit(LitBlitzNet(), data)  # a second stage, over what this process has saved
 
 
-def test_a_kill_loses_little_and_the_run_goes_on(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_kill_loses_little_and_the_run_goes_on(whole, tmp_path, capsys):
     process = start("run")
     process.kill()
     process.communicate()

@@ -12,10 +12,7 @@ from torch.utils.data import TensorDataset
 from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10
 from lit_basics.callbacks.random_state import generator_states, set_generator_states
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 
 class Cycled(LitClassifier):

@@ -195,6 +195,13 @@ def test_only_training_images_are_augmented_and_transformed():
         assert torch.equal((255 - x * 255).round(), y.view(-1, 1, 1, 1).expand_as(x).float())
 
 
+def test_a_transform_that_does_not_keep_uint8_is_refused():
+    """Without the refusal the pixels are divided by 255 a second time."""
+    data = ready(Numbered(10, mean=[0.0], std=[1.0], transform=lambda x: x / 255))
+    with pytest.raises(UserError, match=r"transform returns torch.float32; it must keep uint8"):
+        next(iter(data.train_dataloader()))
+
+
 def test_a_random_transform_is_applied_image_by_image():
     with pytest.warns(UserWarning, match="image by image"):
         data = ArrayDataModule(4, transform=v2.RandomHorizontalFlip())

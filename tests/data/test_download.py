@@ -21,6 +21,11 @@ SIZE = len(CONTENT)
 HALF = SIZE // 2
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
 class Request(BaseHTTPRequestHandler):
     server: "Server"
 
@@ -55,8 +60,7 @@ class Server(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Request], None]], Server]]:
-    monkeypatch.setenv("no_proxy", "*")
+def serve() -> Iterator[Callable[[Callable[[Request], None]], Server]]:
     servers = []
 
     def start(behaviour: Callable[[Request], None]) -> Server:

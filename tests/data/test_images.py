@@ -43,6 +43,13 @@ def test_images_on_another_device_leave_the_numbers_where_they_are():
     assert torch.equal(normalize(IMAGES), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_grey_level_is_the_same_on_a_gpu():
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    normalize = Normalize([0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616], 3)
+    assert torch.equal(normalize(grey.to("cuda")).cpu(), normalize(grey))
+
+
 def test_every_grey_level_equals_torchvisions():
     grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     theirs = transforms.Normalize([0.3], [0.7])(transforms.ToTensor()(Image.fromarray(grey[0, 0].numpy())))

@@ -21,7 +21,6 @@ from lit_basics import EpochOrder, LitClassifier, RandomState, ResumableDataLoad
 from lit_basics.callbacks.random_state import generator_states
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:predict returned None"),
@@ -576,8 +575,7 @@ def seen_by_two(tmp_path):
     script, here = tmp_path / "ranks.py", os.path.dirname(__file__)
     script.write_text(RANKS.format(paths=[os.path.dirname(here), here]))
     command = [sys.executable, "-W", "ignore", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     return json.loads(line.removeprefix("RESULT "))

@@ -24,7 +24,7 @@ class Job:
         path = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
         with self.output.open("a") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
+                command, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": path, **env}
             )
         self.pid = self.process.pid
 
