@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lit_basics import UserError
-from lit_basics.checkpoint_io import load_checked
+from lit_basics.checkpoint_files import load_checked
 from lit_basics.cli import main
 
 SMALL = (

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LastCheckpoint, UserError, checkpoint_io
-from lit_basics.checkpoint_io import VERSION, check_versions, checksum_path, copied, previous_path
+from lit_basics.checkpoint_files import VERSION, check_versions, checksum_path, previous_path
+from lit_basics.checkpoint_io import copied
 from lit_basics.nested import tensors_in
 
 

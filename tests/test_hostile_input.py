@@ -1,7 +1,7 @@
 """Wrong and hostile configs, checkpoints and archives: a short message, nothing run, nothing written elsewhere.
 
 An audit hook watches: without ``import_policy`` in ``Config`` it reports the import of ``antigravity``, with
-``weights_only=False`` in ``checkpoint_io._load`` (and the checksum beside the file gone) the bombs' calls, and with
+``weights_only=False`` in ``checkpoint_files._load`` (and the checksum beside the file gone) the bombs' calls, and with
 ``tar.extractall`` in ``read_archive`` files outside the folder.
 """
 

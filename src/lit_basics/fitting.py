@@ -20,7 +20,7 @@ from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 from lit_basics.callbacks.preemption import Preempted, Preemption, let_launcher_leave
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import described, is_restoring, load_weights, refused_in
+from lit_basics.checkpoint_io import described, refused_in
 from lit_basics.config import (
     PRINT,
     Config,
@@ -61,6 +61,7 @@ from lit_basics.run_directory import (
     share,
 )
 from lit_basics.soft_loggers import fail_soft, finish_wandb
+from lit_basics.weights import is_restoring, load_weights
 from lit_basics.words import CONFIG_FLAGS, config_names, option, path_option, taken
 
 

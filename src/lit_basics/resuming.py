@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, OneCycleLR, SequentialLR
 
-from lit_basics.checkpoint_io import is_there, is_whole, load_checked
+from lit_basics.checkpoint_files import is_there, is_whole, load_checked
 from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
 

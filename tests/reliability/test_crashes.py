@@ -14,7 +14,7 @@ from reliability.processes import FORKS, finish, results, start_fit
 from reliability.saving import SAVES, checkpoint, save_several
 
 from lit_basics import DurableCheckpointIO
-from lit_basics.checkpoint_io import load_checked
+from lit_basics.checkpoint_files import load_checked
 
 CALLS = (
     *("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "link", "linkat"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from reliability.processes import finish, results, start_fit, until
 
-from lit_basics.checkpoint_io import load_checked, previous_path
+from lit_basics.checkpoint_files import load_checked, previous_path
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lit_basics.checkpoint_io import free_name, is_there, move_aside
+from lit_basics.checkpoint_files import free_name, is_there, move_aside
 from lit_basics.files import local_path
 from lit_basics.recording import compute_logged
 from lit_basics.steps import at_step_boundary, ends_after_batch, place

@@ -1,0 +1,44 @@
+"""A checkpoint's weights in a module, and what to say where they do not fit."""
+
+import traceback
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lit_basics.checkpoint_files import load_checked
+from lit_basics.errors import UserError
+
+
+def load_weights(model: pl.LightningModule, path: Path) -> bool:
+    """Load a checkpoint's weights, but not into a module that is not complete yet, which Lightning does later.
+
+    Returns:
+        Whether they are loaded.
+
+    Raises:
+        UserError: If the file is no checkpoint, is damaged, or is of another model.
+    """
+    checkpoint = load_checked(path)
+    if any(is_overridden(hook, model) for hook in ("configure_model", "setup", "on_load_checkpoint")):
+        return False  # layers, or the checkpoint's names, may be made there
+    try:
+        model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise of_another_model(path, model, error) from error
+    return True
+
+
+def is_restoring(error: Exception) -> bool:
+    """Return whether an error came from within the functions of Lightning that give a state back."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        f.name in ("_restore_modules_and_callbacks", "restore_training_state", "load_state_dict") for f in frames
+    )
+
+
+def of_another_model(path: Path, model: pl.LightningModule, error: Exception) -> UserError:
+    """Return what to say where a checkpoint's weights do not fit."""
+    head, *keys = str(error).splitlines() or [""]
+    reason = keys[0].strip()[:150] if keys else head
+    return UserError(f"{path} is a checkpoint of another model than {type(model).__name__}: {reason}")
