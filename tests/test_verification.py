@@ -348,7 +348,7 @@ def test_what_a_run_ends_with_is_compared(kept):
     """After the steps alone both are "passed"."""
     data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
     settings = {**EXACT, "callbacks": [RandomState(), EndsWithMean(kept)]}
-    report = verify(Plain(), data, checks=["resume", "kill"], steps=4, **settings)
+    report = verify(Plain(), data, checks=["resume", "kill"], steps=12, **settings)
     assert outcomes(report) == dict.fromkeys(("resume", "kill"), "passed" if kept else "failed"), str(report)
     assert kept or "at the end: net.3.bias by" in report["resume"].text
 
