@@ -227,6 +227,23 @@ def test_a_dry_run_does_not_block_the_real_one(tmp_path):
     assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
 
 
+@pytest.mark.parametrize("words", [["--resume", "run"], [*SMALL, "--ckpt_path", "run/checkpoints/last.ckpt"]])
+def test_a_dry_run_goes_on_with_nothing(words, tmp_path, capsys):
+    """Lightning trains no batch then, or names a ``max_epochs`` that nobody has typed."""
+    fit(*SMALL)
+    before = files(tmp_path)
+    assert main(["fit", *words, "--trainer.fast_dev_run", "true"]) == 2
+    assert "fast_dev_run begins anew" in capsys.readouterr().err
+    assert files(tmp_path) == before
+
+
+def test_a_dry_run_that_fails_leaves_nothing(tmp_path):
+    words = [*SMALL, "--trainer.fast_dev_run", "3", "--model.optimizer.lr", "1e30", "--model.activation", "relu"]
+    assert main(["fit", *words]) == 1
+    assert files(tmp_path) == []
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_best_weights_load_in_bare_torch(tmp_path):
     run = fit(*SMALL)
     code = (

@@ -454,6 +454,27 @@ def test_the_trainer_is_left_as_it_was():
     assert not isinstance(fitted.train_dataloader, StepsInBetween)
 
 
+def test_a_validation_after_a_fit_that_failed_early_makes_no_steps():
+    """A DataModule's setup comes before those of callbacks: one that waits for it is left over."""
+
+    class Fails(SyntheticCIFAR10):
+        def setup(self, stage):
+            if stage == "fit":
+                raise ValueError("no images")
+            super().setup(stage)
+
+    class Looks(pl.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            self.found = "process_dataloader" in vars(trainer.strategy)
+
+    looks = Looks()
+    fitted, module = trainer(looks), Small(3)
+    with pytest.raises(ValueError, match="no images"):
+        fitted.fit(module, Fails(20, 20, val_size=10))
+    fitted.validate(module, Fails(20, 20, val_size=10))
+    assert not looks.found
+
+
 # refused
 
 

@@ -368,6 +368,17 @@ def test_auto_does_not_begin_anew_over_checkpoints_of_ones_own(tmp_path, capsys)
     assert list(metrics(run)) == list(range(1, 25))
 
 
+def test_auto_begins_where_there_was_no_run(tmp_path):
+    """Weights that lie there are not a run's, and a link may lead to nothing."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "pretrained.ckpt").write_bytes(b"weights")
+    (checkpoints / "old.ckpt").symlink_to("gone.ckpt")
+    assert main(["fit", *SMALL, "--trainer.max_epochs", "1", "--run_dir", "run", "--resume", "auto"]) == 0
+    assert newest(tmp_path / "run")["global_step"] == 8
+    assert (checkpoints / "pretrained.ckpt").read_bytes() == b"weights"
+
+
 def test_auto_takes_the_run_that_was_saved_last_whatever_its_name(tmp_path):
     """Without the sort by time ``zzz`` is taken, whose name comes last."""
     for name in ("zzz", "2026-01-01_00-00-00"):

@@ -95,11 +95,12 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
             if not config.resumed:
                 config.optimizer_arguments = changed_arguments(Path(ckpt_path), config.to_dict())
         trainer = make_trainer(config, directory)
+        if ckpt_path and trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
+            raise UserError("fast_dev_run begins anew and leaves nothing: leave out --resume and --ckpt_path, or it")
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
-        done = trainer.fit_loop.max_batches and not trainer.fast_dev_run and not has_trained(trainer)  # type: ignore[attr-defined]
-        if ckpt_path and done:
+        if ckpt_path and trainer.fit_loop.max_batches and not has_trained(trainer):
             longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
             end = f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
             times = (c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
@@ -147,9 +148,10 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise
     finally:
         finish_wandb(trainer.loggers if trainer is not None else [], failed)
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        remove_traces(made)
-    elif trainer.is_global_zero:
+        dry = trainer is not None and trainer.fast_dev_run  # type: ignore[attr-defined]
+        if dry:
+            remove_traces(made)
+    if trainer.is_global_zero and not dry:
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestLossCheckpoint)), None)
         print(f"run directory: {directory}")
         if best is not None and best.best_model_score is not None:

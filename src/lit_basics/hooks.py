@@ -322,7 +322,7 @@ class ComesFirst(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the settings back, as Lightning's check is over, and the steps in between; then leave the Trainer."""
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        if pl_module is not self._hooks.module:  # left over: a fit of another module has failed before this
+        if stage != TrainerFn.FITTING or pl_module is not self._hooks.module:  # left over: a fit has failed before this
             return
         self._hooks._put_settings_back(trainer)
         if self._hooks._several:

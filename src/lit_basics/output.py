@@ -60,5 +60,5 @@ def outlive_readers(trains: bool) -> None:
         kept.passed_over = passed_over
         buffer = kept if isinstance(old.buffer, io.FileIO) else io.BufferedWriter(kept)  # python -u has none
         lines = {"line_buffering": old.line_buffering, "write_through": old.write_through}
-        errors = "backslashreplace" if trains else old.errors
+        errors = "backslashreplace" if trains and old.errors == "strict" else old.errors
         setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, errors, **lines))

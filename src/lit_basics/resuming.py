@@ -57,8 +57,9 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
                 return _checked_directory(directory, resume), checkpoint
             if run_dir and damages:
                 raise UserError(f"{damages[0]}, and {directory} has no good one; to start anew, name another --run_dir")
-            others = sorted(directory.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime)
-            if run_dir and others:
+            others = [file for file in directory.glob("checkpoints/*.ckpt") if file.is_file()]
+            if run_dir and others and (directory / "config.yaml").is_file():
+                others.sort(key=lambda file: file.stat().st_mtime)
                 how = f"go on with --resume {quote(str(others[-1]))}, or name another --run_dir"
                 raise UserError(f"{directory} has neither last.ckpt nor best.ckpt; {how}")
             for damage in damages:

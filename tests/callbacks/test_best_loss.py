@@ -51,6 +51,21 @@ def test_training_loss_is_monitored_where_there_is_none(tmp_path, how):
     assert (tmp_path / "best.ckpt").is_file()
 
 
+def test_a_subclass_may_add_to_the_end_of_a_batch(tmp_path):
+    """Where it does not, Lightning passes over the hook."""
+    batches = []
+
+    class Counts(BestLossCheckpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            batches.append(batch_idx)
+
+    trainer(Counts(str(tmp_path))).fit(LitBlitzNet(), data())
+    assert batches
+    assert (tmp_path / "best.ckpt").exists()
+    assert BestLossCheckpoint(str(tmp_path)).on_train_batch_end is None
+
+
 def test_in_a_foreign_project_it_saves_the_module(tmp_path):
     class Foreign(pl.LightningModule):
         def __init__(self):

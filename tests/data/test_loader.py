@@ -260,7 +260,7 @@ class Endless(Dataset):
         (Noisy(), {"seed": -1}, "seed is -1; it must be 0 or more"),
         (Noisy(), {"in_order": False}, "in_order is False; a loader that resumes must give its batches in order"),
         (Noisy(3), {"batch_size": 4, "shuffle": True, "drop_last": True}, "3 samples do not fill one batch"),
-        (Noisy(0), {}, "0 samples cannot be shared by 1 processes"),
+        (Noisy(0), {"shuffle": True}, "0 samples cannot be shared by 1 processes"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -68,6 +68,11 @@ def test_what_cannot_be_an_order_is_refused(settings, message):
         EpochOrder(500, **settings, shuffle=True)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nothing_to_evaluate_is_no_batches(rank):
+    assert list(EpochOrder(0, 4, shuffle=False, rank=rank, world_size=2)) == []
+
+
 def test_order_is_a_function_of_seed_and_epoch():
     order = EpochOrder(50, 7, shuffle=True, seed=1)
     epochs = []

@@ -40,8 +40,6 @@ class BestLossCheckpoint(ModelCheckpoint):
         UserError: If ``dirpath`` or ``weights_path`` is remote.
     """
 
-    on_train_batch_end = None  # type: ignore[assignment]  # it saves at no step; Lightning passes over what is no hook
-
     def __init__(self, dirpath: str | None = None, weights_path: str | None = None, monitor: str | None = None) -> None:
         for path in filter(None, (dirpath, weights_path)):
             local_path(path)
@@ -54,6 +52,9 @@ class BestLossCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
+        if type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
+            # it saves at no step, and Lightning passes over what cannot be called
+            self.on_train_batch_end = None  # type: ignore[assignment,method-assign]
         self._chosen_monitor = monitor
         self._weights_path = weights_path
         self._held: dict[str, Tensor] | None = None

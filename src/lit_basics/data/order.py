@@ -76,7 +76,7 @@ class EpochOrder:
             raise UserError(
                 f"batch_size is {batch_size}; it must divide by the {world_size} processes (devices: 1 trains in one)"
             )
-        if size < world_size:
+        if size < world_size and (size or shuffle):  # nothing to evaluate is nothing on every rank
             raise UserError(f"{size} samples cannot be shared by {world_size} processes")
         if shuffle:
             full, rest = divmod(size, batch_size)
@@ -142,7 +142,7 @@ class EpochOrder:
 
     def _samples(self) -> Tensor:
         if not self.shuffle:
-            return torch.arange(self.rank, self.size, self.world_size)
+            return torch.arange(min(self.rank, self.size), self.size, self.world_size)
         return torch.randperm(self.size, generator=generator(self.seed, self.epoch))
 
     def _share(self, order: Tensor, start: int, stop: int) -> Tensor:

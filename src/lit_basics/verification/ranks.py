@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,7 +63,7 @@ class Recorder(Onlooker):
             if isinstance(module, BATCH_NORMS) or "Dropout" in type(module).__name__ or isinstance(rate, (int, float)):
                 module.training = False  # and not that of the modules in it
                 # nor when the user's module puts itself into training; this process is for this run only
-                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+                module.train = partial(train_within, module)  # type: ignore[method-assign]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a list of batches."""
@@ -148,6 +149,13 @@ def joined(batches: list[Any]) -> Any:
     if first is None or isinstance(first, (str, int, float, bool)):
         return first
     raise TypeError(f"a batch of type {type(first).__name__}")
+
+
+def train_within(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Do what ``module.train(mode)`` does, but for the module itself."""
+    for child in module.children():
+        child.train(mode)
+    return module
 
 
 class Samples(Onlooker):
