@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from lit_basics.config import Config
-from lit_basics.fitting import make_trainer
 from lit_basics.hooks import skip_empty_hooks
 from lit_basics.running import quiet
+from lit_basics.trainers import make_trainer
 
 FIGURES: list[dict[str, Any]] = []
 """What :func:`figure` has printed."""

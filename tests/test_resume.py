@@ -738,7 +738,7 @@ class Scheduled(LitLinearRegression):
     ],
 )
 def test_a_new_learning_rate_that_a_scheduler_would_undo_is_refused(scheduler, tmp_path, monkeypatch, capsys):
-    """Without ``OWN_RATES`` the run ends with 0 at the old rate; written after _RunFiles, config.yaml is changed."""
+    """Without ``OWN_RATES`` the run ends with 0 at the old rate; written after RunFiles, config.yaml is changed."""
     (tmp_path / "scheduled.py").write_text(SCHEDULED.format(scheduler))
     monkeypatch.syspath_prepend(tmp_path)
     model = ("--model", "scheduled.Scheduled", "--model.optimizer", "SGD", "--model.optimizer.lr", "0.05")

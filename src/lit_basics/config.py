@@ -17,19 +17,15 @@ import jsonargparse
 import lightning.pytorch as pl
 import yaml
 from jsonargparse.typing import Path as ArgumentPath
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
-from lit_basics.callbacks.progress import ProgressBar
-from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, first_line, nearest, root_cause, shortened, where
+from lit_basics.errors import UserError, first_line, nearest, root_cause, where
 from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy
 from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import config_names, taken
@@ -445,40 +441,3 @@ def _values(content: Any, depth: int = 0) -> Iterator[None]:
         raise UserError(f"a config is nested more than {MAX_DEPTH} deep, or contains itself")
     for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
         yield from _values(inner, depth + 1)
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return what an argument of a Trainer that takes several, one or none holds."""
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def new_trainer(arguments: dict[str, Any]) -> pl.Trainer:
-    """Return a Trainer.
-
-    Raises:
-        UserError: If it does not take its arguments, or what a launcher such as SLURM has put into the environment.
-    """
-    try:
-        return pl.Trainer(**arguments)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(shortened(f"trainer: {first_line(error)}")) from error
-
-
-def with_durable_checkpoints(plugins: Any, min_seconds: float = 0.0) -> list[Any]:
-    """Return a Trainer's plugins with a DurableCheckpointIO, unless there is a CheckpointIO among them."""
-    given = as_list(plugins)
-    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
-        given.append(DurableCheckpointIO(min_seconds))
-    return given
-
-
-def with_progress_bar(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a Trainer's arguments with our progress bar, unless there is another, and without a summary."""
-    callbacks = as_list(arguments["callbacks"])
-    if arguments["enable_progress_bar"] is not False and not any(
-        isinstance(callback, LightningProgressBar) for callback in callbacks
-    ):
-        callbacks.append(ProgressBar())
-    if arguments["enable_model_summary"] is None:
-        arguments["enable_model_summary"] = False
-    return {**arguments, "callbacks": callbacks}

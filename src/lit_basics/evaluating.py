@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_basics.config import Config, new_trainer, read_config, with_durable_checkpoints, with_progress_bar
+from lit_basics.config import Config, read_config
 from lit_basics.errors import UserError
 from lit_basics.files import replace_file
 from lit_basics.run_directory import check_writable
+from lit_basics.trainers import new_trainer, with_durable_checkpoints, with_progress_bar
 from lit_basics.weights import is_restoring, load_weights, of_another_model
 from lit_basics.words import config_names, option, path_option
 

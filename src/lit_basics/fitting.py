@@ -11,40 +11,18 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.callbacks import Timer
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
-from lit_basics.callbacks.last import MIN_SECONDS, LastCheckpoint
-from lit_basics.callbacks.non_finite import NonFiniteError, NonFiniteGuard
-from lit_basics.callbacks.preemption import Preempted, Preemption, let_launcher_leave
-from lit_basics.callbacks.random_state import RandomState
-from lit_basics.checkpoint_io import described, refused_in
-from lit_basics.config import (
-    PRINT,
-    Config,
-    as_list,
-    new_trainer,
-    read_config,
-    with_durable_checkpoints,
-    with_progress_bar,
-    written_keys,
-)
+from lit_basics.callbacks.non_finite import NonFiniteError
+from lit_basics.callbacks.preemption import Preempted, let_launcher_leave
+from lit_basics.config import PRINT, Config, read_config, written_keys
 from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.evaluating import checkpoint_path
-from lit_basics.execution import Counters
-from lit_basics.files import replace_file
-from lit_basics.loggers import MetricsCSV
-from lit_basics.modules import LitSupervised
 from lit_basics.recipes import recipe_names
-from lit_basics.recording import FlushesRows
 from lit_basics.resuming import (
-    CONFIG,
     OPTIMIZER,
-    OptimizerArguments,
-    RestoredRate,
-    ResumedData,
     changed_arguments,
     check_changes,
     find_run,
@@ -60,7 +38,9 @@ from lit_basics.run_directory import (
     remove_traces,
     share,
 )
-from lit_basics.soft_loggers import fail_soft, finish_wandb
+from lit_basics.run_files import has_trained
+from lit_basics.soft_loggers import finish_wandb
+from lit_basics.trainers import make_trainer
 from lit_basics.weights import is_restoring, load_weights
 from lit_basics.words import CONFIG_FLAGS, config_names, option, path_option, taken
 
@@ -167,11 +147,6 @@ def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
     return is_restoring(error) or any(f.name == "on_train_start" and ours in Path(f.filename).parents for f in frames)
 
 
-def has_trained(trainer: pl.Trainer) -> bool:
-    """Return whether a training has begun, and not only its Trainer been made."""
-    return any(isinstance(c, _RunFiles) and c.written for c in trainer.callbacks)  # type: ignore[attr-defined]
-
-
 def _after_non_finite(directory: Path) -> str:
     last = directory / "checkpoints" / "last.ckpt"
     if not last.exists():
@@ -276,123 +251,3 @@ def tell_of_unread(typed: dict[str, Any], own: dict[str, Any], directory: Path, 
     if keys:
         named = ", ".join(key.replace(".init_args", "") for key in keys[:3]) + (", ..." if keys[3:] else "")
         rank_zero_only(print)(f"the run goes on with its own config.yaml; what --config names has another {named}")
-
-
-def make_trainer(config: Config, directory: Path) -> pl.Trainer:
-    """Return the Trainer of a training run, with what every run gets beside the configured callbacks."""
-    arguments = with_progress_bar(dict(config.trainer_arguments))
-    arguments["default_root_dir"] = arguments["default_root_dir"] or str(directory)
-    logger = arguments["logger"]
-    loggers = [] if isinstance(logger, bool) else as_list(logger)
-    if config.config.metrics_csv:
-        loggers.append(MetricsCSV(directory / "metrics.csv", resume=config.resumed))
-    arguments["logger"] = [fail_soft(logger) for logger in loggers] or False
-    callbacks = with_guard(config, arguments["callbacks"])
-    if arguments["enable_checkpointing"] is not False:
-        checkpoints = str(directory / "checkpoints")
-        if len(loggers) <= config.config.metrics_csv:  # else ModelCheckpoint writes into the first logger's folder
-            check_own_checkpoints(config, callbacks, directory)
-        best = [callback for callback in callbacks if isinstance(callback, BestLossCheckpoint)]
-        for callback in best:
-            callback.default_to(checkpoints, str(directory / "best.pth"))
-        if config.config.best_checkpoint and all(callback.dirpath != checkpoints for callback in best):
-            best.append(BestLossCheckpoint(checkpoints, str(directory / "best.pth")))
-            callbacks.append(best[-1])
-        for callback in best:
-            callback.record_goes_on = config.resumed  # that of --ckpt_path is another run's
-        if config.config.last_checkpoint:
-            last = LastCheckpoint(checkpoints)
-            callbacks += [last, Preemption(last)]
-        arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    callbacks += [RandomState(), _RunFiles(config, directory)]
-    if config.optimizer_arguments:
-        callbacks.insert(0, OptimizerArguments(config.optimizer_arguments))  # may refuse: before files are written
-    if config.config.ckpt_path and (not config.resumed or config.config.resume_reset):
-        callbacks.append(RestoredRate())
-    if config.resumed:
-        callbacks.insert(0, ResumedData(config.config.resume_reset))
-    arguments["callbacks"] = callbacks
-    arguments["profiler"] = arguments["profiler"] or _NoProfiler()
-    arguments["plugins"] = with_durable_checkpoints(arguments["plugins"], MIN_SECONDS)
-    return new_trainer(arguments)
-
-
-def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], directory: Path) -> None:
-    """Refuse a ModelCheckpoint that would write over the run's ``best.ckpt`` or ``last.ckpt``, or remove it."""
-    kept = [name for name in ("best", "last") if config.config[f"{name}_checkpoint"]]
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestLossCheckpoint):
-            folder = Path(callback.dirpath or directory / "checkpoints").resolve()
-            own = callback.filename in kept or (callback.save_last and callback.save_weights_only and "last" in kept)
-            if own and folder == (directory / "checkpoints").resolve():
-                raise UserError(
-                    f"a {type(callback).__name__} writes {callback.filename if callback.filename in kept else 'last'}"
-                    ".ckpt: the run keeps a checkpoint of its own under this name; name it otherwise"
-                )
-
-
-def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback]:
-    """Return the callbacks with a NonFiniteGuard, unless there is one or it is switched off."""
-    there = any(isinstance(callback, NonFiniteGuard) for callback in callbacks)
-    return [*callbacks, NonFiniteGuard()] if config.config.non_finite_guard and not there else callbacks
-
-
-class _NoProfiler(PassThroughProfiler):
-    """Profiles nothing, in a context that is made once and not for each call of each callback."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
-        return self._nothing
-
-
-def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) -> None:
-    """Refuse what would make every checkpoint of the run one that cannot be loaded, since loads run no code."""
-    for keys, value in refused_in({"hyper_parameters": dict(owner.hparams)}, set()):
-        what, advice = described(keys, value)
-        raise UserError(
-            f"{type(owner).__name__} saves {what}, a {type(value).__name__}, and no run could go on from a checkpoint "
-            f"with it (numbers, text and tensors are loaded, in lists and dicts too): {advice}"
-        )
-
-
-class _RunFiles(pl.Callback):
-    """Writes the configuration when training starts, and into every checkpoint."""
-
-    def __init__(self, config: Config, directory: Path) -> None:
-        self.config, self.directory = config, directory
-        self.written = False
-        self._text = ""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.checkpoint_callbacks:
-            check_hyperparameters(pl_module)
-            if self.config.datamodule is not None:
-                check_hyperparameters(self.config.datamodule)
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.cut_back(last_row(trainer))
-        text = self._text = self.config.to_yaml()
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with replace_file(self.directory / "config.yaml") as file:
-                file.write(text.encode())
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
-        self.written = True
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint[CONFIG] = self._text  # as text: YAML has dates, which a safe load refuses
-
-
-def last_row(trainer: pl.Trainer) -> int:
-    """Return the step of a resumed run's newest row."""
-    module, rows = trainer.lightning_module, Counters(trainer).rows
-    if isinstance(module, LitSupervised) or module.automatic_optimization:
-        return trainer.global_step
-    # ours count steps
-    monitors = any(isinstance(callback, FlushesRows) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return max(rows, trainer.global_step) if monitors else rows

@@ -1,9 +1,9 @@
 """``lit_basics verify``: the checks over a configuration."""
 
 from lit_basics.callbacks.random_state import RandomState
-from lit_basics.config import Config, as_list, with_durable_checkpoints
+from lit_basics.config import Config
 from lit_basics.errors import UserError
-from lit_basics.fitting import with_guard
+from lit_basics.trainers import as_list, with_durable_checkpoints, with_guard
 from lit_basics.verification.checks import CHECKS, STEPS, verify
 from lit_basics.words import option, taken
 
