@@ -20,8 +20,6 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
-from lit_basics.callbacks.random_state import load_loaders, states_of_loaders
-from lit_basics.data.order import check_shared_out
 from lit_basics.errors import UserError
 from lit_basics.execution import (
     BATCH_HOOKS,
@@ -33,6 +31,7 @@ from lit_basics.execution import (
     put_between,
     step_schedulers_of_batch,
 )
+from lit_basics.loaders import check_shared_out, load_loaders, states_of_loaders
 from lit_basics.recording import NEVER, FlushesRows, recorder_of
 from lit_basics.steps import accumulating
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_basics.callbacks.last import go_behind
-from lit_basics.data.order import check_shared_out
+from lit_basics.loaders import check_shared_out, load_loaders, states_of_loaders
 
 CPU = torch.device("cpu")
 
@@ -102,27 +102,6 @@ class RandomState(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Forget the states of a fit that failed before it trained."""
         self.on_fit_end(trainer, pl_module)
-
-
-def states_of_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the states of the training loaders that Lightning has saved."""
-    loops = checkpoint.get("loops") or {"fit_loop": {"state_dict": {}}}  # weights only: there are none
-    states: list[dict[str, Any]] = loops["fit_loop"]["state_dict"].get("combined_loader", [])
-    return states
-
-
-def load_loaders(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
-    """Give our training loaders their states, as Lightning does only where it sets them up after the restore.
-
-    A second time, by another callback or after Lightning, changes nothing.
-    """
-    if not states or not trainer.fit_loop.restarting:
-        return
-    loaders = CombinedLoader(trainer.train_dataloader).flattened
-    kept = [loader for loader in loaders if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")]
-    for loader, state in zip(kept, states, strict=True):
-        if getattr(loader, "loads_state_late", False):
-            loader.load_state_dict(state)
 
 
 def generator_states(device: torch.device = CPU) -> dict[str, Any]:

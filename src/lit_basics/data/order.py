@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lit_basics.errors import UserError
@@ -182,34 +181,6 @@ def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:
             raise UserError(
                 f"the checkpoint's data had {name} {other}, here it is {value}: cannot resume; by command, "
                 "--resume_reset keeps the weights and the optimizer and begins the data anew"
-            )
-
-
-def check_shared_out(trainer: Any, loaders: Any) -> None:
-    """Refuse loaders whose order was made for another process than this, or another number of them.
-
-    Args:
-        trainer: A Trainer that is running.
-        loaders: A loader, or a collection of some.
-
-    Raises:
-        UserError: If there is one, unless ``use_distributed_sampler=False`` says that it is shared out in another way.
-    """
-    # Lightning's private name of that argument; the kwargs are None on one device
-    if not trainer._accelerator_connector.use_distributed_sampler:
-        return
-    shares = trainer.distributed_sampler_kwargs or {}
-    rank, processes = shares.get("rank", 0), shares.get("num_replicas", 1)
-    for loader in CombinedLoader(loaders).flattened:
-        order = getattr(loader, "sampler", None)
-        if not isinstance(order, EpochOrder):
-            continue
-        wrong = (order.rank, order.world_size) != (rank, processes)
-        if trainer.strategy.reduce_boolean_decision(wrong, all=False):  # one rank alone would let the others wait
-            raise UserError(
-                f"the loader's EpochOrder is of rank {order.rank} and world_size {order.world_size} on rank {rank} of "
-                f"{processes}, and each process needs its own: give it rank and world_size, or the DataModule to the "
-                "Trainer (use_distributed_sampler=False leaves it as it is)"
             )
 
 
