@@ -111,39 +111,49 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if the epoch's training loss is the lowest and is what is monitored."""
-        absent = self._chosen_monitor is None and not self._is_logged(trainer)
+        if self._chosen_monitor is None:
+            self._choose_training_loss(trainer)
+        elif self._lacks_epoch_value(trainer):
+            return
+        if not self._off:
+            with self._own_saves(trainer):
+                super().on_train_epoch_end(trainer, pl_module)
+
+    def _choose_training_loss(self, trainer: pl.Trainer) -> None:
+        """Monitor ``train/loss`` where no validation has ``val/loss``, and nothing where that is missing too."""
         # a run resumed within an epoch may have had its last validation before
-        if absent and self.record_of != self.monitor and not self._off:
-            # Lightning's private name, of an interval that is a time
-            every = None if getattr(trainer, "_val_check_time_interval", None) else trainer.check_val_every_n_epoch
-            ends = ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
-            if self._missed or ends or (every and (trainer.current_epoch + 1) % every == 0):
-                self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
-            self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
-            if self._off:
-                rank_zero_warn(
-                    "BestLossCheckpoint keeps nothing in this run: its module logs neither val/loss nor the epoch's "
-                    f"train/loss; it logs {_listed(trainer.callback_metrics)}; monitor= takes another key"
-                )
-            elif self.monitor == "train/loss" and self._missed:
-                there = _listed(key for key, of_epoch in _logged(trainer)[1].items() if of_epoch)
-                rank_zero_warn(
-                    f"BestLossCheckpoint goes by train/loss: the validation logs {there}, and no val/loss; "
-                    "monitor= takes another key"
-                )
-        of_epoch = _logged(trainer)[0].get(self._chosen_monitor or "") if self._is_of_training(trainer) else None
-        if of_epoch is not None and not self._is_logged(trainer):  # what is there is of a step, or of another epoch
-            if not of_epoch and not self._off:
-                rank_zero_warn(
-                    f"BestLossCheckpoint keeps nothing in this run: {self.monitor} is logged of each step alone; log "
-                    "it with on_epoch=True"
-                )
-            self._off = self._off or not of_epoch
+        if self._off or self.record_of == self.monitor or self._is_logged(trainer):
             return
+        # Lightning's private name, of an interval that is a time
+        every = None if getattr(trainer, "_val_check_time_interval", None) else trainer.check_val_every_n_epoch
+        ends = ends_after_batch(trainer) or trainer.current_epoch + 1 == trainer.max_epochs
+        if self._missed or ends or (every and (trainer.current_epoch + 1) % every == 0):
+            self.monitor = "train/loss"  # max_steps came before the first validation, or it has no val/loss
+        self._off = self.monitor == "train/loss" and not self._is_logged(trainer)
         if self._off:
-            return
-        with self._own_saves(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
+            rank_zero_warn(
+                "BestLossCheckpoint keeps nothing in this run: its module logs neither val/loss nor the epoch's "
+                f"train/loss; it logs {_listed(trainer.callback_metrics)}; monitor= takes another key"
+            )
+        elif self.monitor == "train/loss" and self._missed:
+            there = _listed(key for key, of_epoch in _logged(trainer)[1].items() if of_epoch)
+            rank_zero_warn(
+                f"BestLossCheckpoint goes by train/loss: the validation logs {there}, and no val/loss; "
+                "monitor= takes another key"
+            )
+
+    def _lacks_epoch_value(self, trainer: pl.Trainer) -> bool:
+        """Return whether what is there of a chosen training metric is of a step, or of another epoch."""
+        of_epoch = _logged(trainer)[0].get(self.monitor or "") if self._is_of_training(trainer) else None
+        if of_epoch is None or self._is_logged(trainer):
+            return False
+        if not of_epoch and not self._off:
+            self._off = True
+            rank_zero_warn(
+                f"BestLossCheckpoint keeps nothing in this run: {self.monitor} is logged of each step alone; log "
+                "it with on_epoch=True"
+            )
+        return True
 
     def _is_of_training(self, trainer: pl.Trainer) -> bool:
         """Return whether the training alone logs the monitor, whose value is complete at the epoch's end."""
