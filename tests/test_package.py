@@ -52,6 +52,20 @@ def test_public_names_are_documented_and_spelled_right():
     assert lit_basics.__version__[0].isdigit()
 
 
+def test_type_checkers_see_the_public_names(tmp_path):
+    """Without the imports under ``TYPE_CHECKING`` each name is Any, and none can be subclassed under ``--strict``."""
+    names = lit_basics.__all__
+    program = [f"from lit_basics import {', '.join(names)}", "import lit_basics"]
+    program += [f"reveal_type({name})" for name in names] + ["lit_basics.LitLenet"]
+    (tmp_path / "typed.py").write_text("\n".join(program))
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", ROOT / ".mypy_cache", "typed.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    seen = [line for line in done.stdout.splitlines() if "Revealed type" in line]
+    assert len(seen) == len(names), done.stdout
+    assert not [line for line in seen if '"Any"' in line]
+    assert 'has no attribute "LitLenet"' in done.stdout
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built offline and in a folder of its own: setuptools leaves its ``build`` where it works."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from lit_basics import fitting
+from lit_basics import fitting, trainers
 from lit_basics.callbacks import best_loss, last
 from lit_basics.cli import main
 
@@ -52,7 +52,10 @@ class Witness(pl.Callback):
 
 def watched_main(words):
     """Run the command line, saving at every chance, with a witness."""
-    fitting.MIN_SECONDS = best_loss.MIN_SECONDS = last.MIN_SECONDS = last.MAX_SECONDS = 0.0
+    for module in (trainers, best_loss, last):
+        assert module.MIN_SECONDS > 0  # it is there: else every run would keep its saves in memory
+        module.MIN_SECONDS = 0.0
+    last.MAX_SECONDS = 0.0
     make_trainer = fitting.make_trainer
 
     def with_witness(config, directory):

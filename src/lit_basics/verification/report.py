@@ -1,5 +1,6 @@
 """What a verification found: one row a check."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,8 +40,11 @@ class Report:
         """Whether no check failed."""
         return all(verdict.outcome != "failed" for verdict in self.verdicts)
 
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.verdicts)
+
     def __getitem__(self, check: str) -> Verdict:
-        return next(verdict for verdict in self.verdicts if verdict.check == check)
+        return {verdict.check: verdict for verdict in self.verdicts}[check]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.verdicts))
