@@ -452,7 +452,7 @@ class Diverging(Plain):
 
 
 def test_a_training_that_diverges_proves_nothing():
-    """Without ``assert_finite`` every check passes, as NaN is the same as NaN."""
+    """Without ``refuse_diverged`` every check passes, as NaN is the same as NaN."""
     data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8)
     checks = ["loop", "resume", "ddp", "kill"]
     report = verify(Diverging(NAN), data, checks=checks, steps=4, **EXACT)
@@ -1377,8 +1377,8 @@ def test_by_command_a_failure_is_exit_code_1(tmp_path, capsys):
     ("words", "message"),
     [
         (["--checks", "loop,resum"], "there is no check 'resum'; did you mean 'resume'?"),
-        (["--steps", "many"], "--steps is many; it must be a number of optimizer steps"),
-        (["--steps", "1"], "--steps is 1; it must be at least 2"),
+        (["--steps", "many"], "steps is many; it must be a number of optimizer steps"),
+        (["--steps", "1"], "steps is 1; it must be at least 2"),
         (["--run_dir", "here"], "verify takes no --run_dir"),
         (["--resume", "here"], "verify takes no --resume"),
         (["--ckpt_path", "last.ckpt"], "verify takes no --ckpt_path"),

@@ -67,26 +67,12 @@ def fit(args: list[str]) -> None:
 def _fit(config: Config, directory: Path, made: list[Path]) -> None:
     trainer, failed = None, False
     try:
-        config.prepare_loggers(directory)
-        config.build()
-        ckpt_path = config.config.ckpt_path
-        if ckpt_path:
-            load_weights(config.model, Path(ckpt_path))  # Lightning loads them again; this refuses a wrong file
-            if not config.resumed:
-                config.optimizer_arguments = changed_arguments(Path(ckpt_path), config.to_dict())
-        trainer = make_trainer(config, directory)
-        if ckpt_path and trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
-            raise UserError("fast_dev_run begins anew and leaves nothing: leave out --resume and --ckpt_path, or it")
+        trainer, ckpt_path = _made(config, directory), config.config.ckpt_path
         trainer.fit(
             config.model, datamodule=config.datamodule, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None
         )
         if ckpt_path and trainer.fit_loop.max_batches and not has_trained(trainer):
-            longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
-            end = f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
-            times = (c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
-            if any(time is not None and time <= 0 for time in times):  # which counts all that was trained before
-                longer = "--trainer.max_time makes it longer, null lifts it"
-                end = f"max_time is used up at step {trainer.global_step}; {longer}"
+            end = _why_nothing_was_left(trainer)
             if not config.resumed:
                 remove_traces(made)
                 raise UserError(f"there is nothing to train from {ckpt_path} on: {end}")
@@ -111,15 +97,11 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise SystemExit(1) from error
     except Exception as error:
         failed = True
-        known = isinstance(error, (UserError, OSError, MisconfigurationException))
-        if config.config.ckpt_path and not known and _was_restoring(trainer, error):
+        if config.config.ckpt_path and _was_restoring(trainer, error):
             reason = f"{type(error).__name__}: {first_line(error)[:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
-        # a module that steps its optimizer past Lightning has no global_step; that of a --ckpt_path is not this run's
-        begun = trainer is not None and has_trained(trainer)
-        begun = begun and (trainer.global_step > 0 or trainer.fit_loop.total_batch_idx > 0)  # type: ignore[union-attr]
-        if not config.resumed and not begun:
+        if not config.resumed and not _has_stepped(trainer):
             remove_traces(made)
             ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
             if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError) and not own_frames(error):
@@ -138,9 +120,43 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
             print(f"best checkpoint: {best.best_model_path} ({best.record_of} {best.best_model_score.item():.4g})")
 
 
+def _made(config: Config, directory: Path) -> pl.Trainer:
+    """Make the objects of a configuration, look at its checkpoint, and return the Trainer."""
+    config.prepare_loggers(directory)
+    config.build()
+    ckpt_path = config.config.ckpt_path
+    if ckpt_path:
+        load_weights(config.model, Path(ckpt_path))  # Lightning loads them again; this refuses a wrong file
+        if not config.resumed:
+            config.optimizer_arguments = changed_arguments(Path(ckpt_path), config.to_dict())
+    trainer = make_trainer(config, directory)
+    if ckpt_path and trainer.fast_dev_run:  # type: ignore[attr-defined]  # public, but set dynamically
+        raise UserError("fast_dev_run begins anew and leaves nothing: leave out --resume and --ckpt_path, or it")
+    return trainer
+
+
+def _why_nothing_was_left(trainer: pl.Trainer) -> str:
+    """Return why a run that goes on from a checkpoint made no step."""
+    times = (c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer))  # type: ignore[attr-defined]
+    if any(time is not None and time <= 0 for time in times):  # which counts all that was trained before
+        longer = "--trainer.max_time makes it longer, null lifts it"
+        return f"max_time is used up at step {trainer.global_step}; {longer}"
+    longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
+    return f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
+
+
+def _has_stepped(trainer: pl.Trainer | None) -> bool:
+    """Return whether this run has made a step; that of a ``--ckpt_path`` is not this run's."""
+    if trainer is None or not has_trained(trainer):
+        return False
+    # a module that steps its optimizer past Lightning has no global_step
+    return bool(trainer.global_step > 0 or trainer.fit_loop.total_batch_idx > 0)
+
+
 def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
     """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
-    if trainer is None or has_trained(trainer):
+    known = isinstance(error, (UserError, OSError, MisconfigurationException))
+    if known or trainer is None or has_trained(trainer):
         return False
     ours = Path(__file__).parent  # our callbacks give states back when training starts
     frames = traceback.extract_tb(error.__traceback__)

@@ -153,13 +153,15 @@ class StepRecorder:
         names = list(self._columns)
         for step, values, filled, host in written:
             metrics, every_value = {}, {}
-            for column, (count, _) in filled.items():
-                name, value = names[column], values[column] / count
+            for column, (parts, _) in filled.items():
+                name, value = names[column], values[column] / parts
                 every_value[name] = value
                 if name in self._averaged:
                     total, n = self._sums.get(name, (0.0, 0))
                     broken = self._broken.setdefault(name, {})
-                    if not math.isfinite(value) and len(broken) < 10 * ROWS:  # no mean is finite with more
+                    if (
+                        not math.isfinite(value) and len(broken) < 10 * ROWS
+                    ):  # enough to know that the mean is not finite
                         broken[step] = value
                     elif step not in self._left_out:
                         total, n = total + value, n + 1

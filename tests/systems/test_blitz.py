@@ -59,7 +59,7 @@ def tutorial(path, initial, size):
 @pytest.mark.parametrize(
     ("words", "onednn"),
     [([], False), (ONE, False), ([*ONE, "--config", "manual"], False), (DEFAULTS, True)],
-    ids=["eight steps", "automatic", "manual", "at torch's defaults"],
+    ids=["as the recipe is", "automatic", "manual", "at torch's defaults"],
 )
 def test_recipe_equals_the_tutorials_loop(words, onednn, tmp_path, monkeypatch):
     path = write_npz(tmp_path / "images.npz", train=1000)

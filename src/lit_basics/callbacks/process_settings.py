@@ -18,9 +18,9 @@ mallopt ends that, so that those of its start would stay."""
 
 
 class ProcessSettings(pl.Callback):
-    """Sets what a CPU recipe is faster with, from before the first step to the end of the run.
+    """Switches of the whole process that make a CPU run faster, set before the first step and put back after the run.
 
-    The results may differ in rounding with ``onednn``, and do not with ``keep_memory``.
+    ``onednn`` may change how results round; ``keep_memory`` changes no result.
 
     Args:
         onednn: Whether oneDNN computes convolutions; for small nets torch's own can be faster. None: as it is.

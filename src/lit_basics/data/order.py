@@ -1,6 +1,7 @@
 """Which samples come in which batch: a pure function of (seed, epoch), so that a run resumes at any batch."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,14 @@ def generator(seed: int, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
+@dataclass(eq=False)
+class _Iteration:
+    """An iteration that goes on, equal to itself alone."""
+
+    epoch: int
+    position: int
+
+
 class EpochOrder:
     """Batches of sample indices, shared out over ranks, with an exact state.
 
@@ -28,9 +37,10 @@ class EpochOrder:
     that all ranks take equal shares; in evaluation (``shuffle=False``) rank r takes every world-size-th sample
     from r on, so that each sample comes exactly once.
 
-    Lightning calls :meth:`set_epoch` before each epoch. After it, each iteration is of that epoch, from its beginning
-    or from where a loaded state stood, and a look at some batches changes nothing; where one came to the end, the next
-    is of the epoch after. Without it, each iteration begins the next epoch.
+    Lightning calls :meth:`set_epoch` before each epoch. After ``set_epoch(n)`` an iteration gives epoch n, from its
+    beginning or from where a loaded state stood, until one has come to its end: then the next gives epoch n + 1. A look
+    at some batches beside the training's iteration does not move it. Without ``set_epoch`` each iteration gives the
+    next epoch.
 
     Args:
         size: Number of samples.
@@ -64,10 +74,10 @@ class EpochOrder:
         self.epoch = 0
         self.rank = rank
         self.world_size = world_size
-        self._set = 0  # the epoch that was begun by name; the order runs ahead where it is begun again within
-        self._named = False
+        self._epoch_set = 0  # by set_epoch; the order runs ahead of it where it is begun again within
+        self._is_set = False  # whether set_epoch was called
         self._loaded: tuple[int, int] | None = None  # the epoch and position of a state, until training goes on there
-        self._running: tuple[list[int], ...] = ()  # [epoch, position] of iterations of a named epoch, the latest last
+        self._running: tuple[_Iteration, ...] = ()  # those after set_epoch, the latest last
         self._begin(0, 0)
         check_batch_size(batch_size)
         check_seed(seed)
@@ -100,8 +110,8 @@ class EpochOrder:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin ``epoch`` at the next iteration, unless it is the one in which a loaded state was taken."""
-        self._begin(*(self._loaded if self._loaded is not None and epoch == self._set else (epoch, 0)))
-        self._set, self._named, self._running = epoch, True, ()
+        self._begin(*(self._loaded if self._loaded is not None and epoch == self._epoch_set else (epoch, 0)))
+        self._epoch_set, self._is_set, self._running = epoch, True, ()
 
     def _begin(self, epoch: int, start: int) -> None:
         """Have the next iterations begin at a batch."""
@@ -110,33 +120,37 @@ class EpochOrder:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the batch, this rank's sample indices, int64)."""
-        moves_on = self._begun and (not self._named or (self._position == len(self) and not self._running))
+        moves_on = self._begun and (not self._is_set or (self._position == len(self) and not self._running))
         if moves_on:
             # Lightning does not exhaust a loader, so nothing after the last yield would run: start anew here
             self._begin(self.epoch + 1, 0)
         self._begun = True
-        if self._named:
+        if self._is_set:
             self._loaded = None
         first = 0 if self._running else self._start  # beside the training's, a look at the whole epoch
-        order, own = self._samples(), [self.epoch, first]
+        order, own = self._samples(), _Iteration(self.epoch, first)
         try:
             for batch in range(first, len(self._stops)):
-                start, own[1] = self._stops[batch - 1] if batch else 0, batch + 1
-                (self.epoch, self._position), self._exhausted = own, False  # there may be another beside this one
-                if self._named and (not self._running or self._running[-1] is not own):
+                start, own.position = self._stops[batch - 1] if batch else 0, batch + 1
+                self._stand_at(own)  # there may be another beside this one
+                self._exhausted = False
+                if self._is_set and (not self._running or self._running[-1] is not own):
                     self._running = (*self._others(own), own)
                 yield batch, self._share(order, start, self._stops[batch])
-            if not self._named:
+            if not self._is_set:
                 self._exhausted = True
                 if moves_on:  # a plain loop goes on, and not a fit that is to be resumed
                     self._loaded = None
         finally:
-            if any(other is own for other in self._running):  # a look that is over: back to where the training is
+            if own in self._running:  # a look that is over: back to where the training is
                 self._running = self._others(own)
                 if self._running:
-                    self.epoch, self._position = self._running[-1]
+                    self._stand_at(self._running[-1])
 
-    def _others(self, own: list[int]) -> tuple[list[int], ...]:
+    def _stand_at(self, iteration: _Iteration) -> None:
+        self.epoch, self._position = iteration.epoch, iteration.position
+
+    def _others(self, own: _Iteration) -> tuple[_Iteration, ...]:
         return tuple(other for other in self._running if other is not own)
 
     def _samples(self) -> Tensor:
@@ -154,7 +168,7 @@ class EpochOrder:
         """Return the epoch and the number of batches of it that were given out."""
         # after the last batch it is due; after a whole iteration of a plain loop it has been trained on
         epoch, position = (self.epoch + 1, 0) if self._exhausted else (self.epoch, self._position)
-        return {"epoch": epoch, "position": position, "set_epoch": self._set, **self._shape()}
+        return {"epoch": epoch, "position": position, "set_epoch": self._epoch_set, **self._shape()}
 
     def _shape(self) -> dict[str, int]:
         return {"size": self.size, "batch_size": self.batch_size, "world_size": self.world_size, "seed": self.seed}
@@ -170,8 +184,8 @@ class EpochOrder:
             check_same_data(state, self._shape())
         self._loaded = int(state["epoch"]), int(state["position"])
         self._begin(*self._loaded)
-        self._set = int(state["set_epoch"])
-        self._named, self._running = False, ()
+        self._epoch_set = int(state["set_epoch"])
+        self._is_set, self._running = False, ()
 
 
 def check_same_data(state: dict[str, Any], shape: dict[str, int]) -> None:

@@ -112,9 +112,9 @@ def verify(
             )
     for check in checks:
         if check not in CHECKS:
-            raise UserError(f"--checks: there is no check {check!r}{nearest(check, CHECKS)}")
+            raise UserError(f"checks: there is no check {check!r}{nearest(check, CHECKS)}")
     if steps < 2:
-        raise UserError(f"--steps is {steps}; it must be at least 2")
+        raise UserError(f"steps is {steps}; it must be at least 2")
     if isinstance(model, OptimizedModule):  # of torch.compile, as Trainer.fit takes it
         model = to_uncompiled(model)
     if isinstance(train_dataloaders, pl.LightningDataModule):  # as Trainer.fit takes it
@@ -215,7 +215,7 @@ class Verification:
                 )
             if not trace.steps:
                 raise RunError("no optimizer step")
-            assert_finite(trace.diverged)
+            refuse_diverged(trace.diverged)
             again: Trace = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
             if again.difference is not None:
                 raise RunError(
@@ -247,7 +247,7 @@ class Verification:
             except RunError as error:
                 self.reference()
                 raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
-        assert_finite(self._bare.diverged)
+        refuse_diverged(self._bare.diverged)
         return self._bare
 
     def loop(self) -> str:
@@ -457,8 +457,8 @@ class Verification:
         raise NotApplicable("the run is too short to be killed within it")
 
 
-def assert_finite(diverged: int) -> None:
-    """Say nothing of a training whose weights were not finite after a step, as NaN equals any NaN; 0 is no step."""
+def refuse_diverged(diverged: int) -> None:
+    """Raise NotApplicable if weights were not finite after step ``diverged`` (0: never): NaN equals NaN here."""
     if diverged:
         raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
 
@@ -498,7 +498,7 @@ def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -
                 )
     if not compared:
         raise Failed("there was nothing to compare: the module has no parameters")
-    assert_finite(alone.diverged)
+    refuse_diverged(alone.diverged)
     if not any(TELLING * moved[name] > rounding(alone.states[-1][name], len(alone.states)) for name in moved):
         raise NotApplicable(
             f"in {len(alone.states)} steps no weight moves by more than {update:.3g}: rounding would hide a fault"

@@ -18,7 +18,7 @@ def verify_config(args: list[str]) -> None:
     checks, args = taken(args, "--checks")
     steps, args = taken(args, "--steps")
     if steps and not steps[-1].isdecimal():
-        raise UserError(f"--steps is {steps[-1]}; it must be a number of optimizer steps")
+        raise UserError(f"steps is {steps[-1]}; it must be a number of optimizer steps")
     for name in ("--run_dir", "--resume", "--ckpt_path"):
         if option(args, name) is not None:
             raise UserError(f"verify takes no {name}: it starts anew, and writes into a temporary folder only")
