@@ -1,5 +1,7 @@
 """What importing costs and needs, and what the wheel holds."""
 
+import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -64,6 +66,28 @@ def test_type_checkers_see_the_public_names(tmp_path):
     assert len(seen) == len(names), done.stdout
     assert not [line for line in seen if '"Any"' in line]
     assert 'has no attribute "LitLenet"' in done.stdout
+
+
+def imports(path):
+    """The modules of the package that a file imports at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_basics"):
+            yield from (
+                [f"lit_basics.{alias.name}" for alias in node.names] if node.module == "lit_basics" else [node.module]
+            )
+
+
+def test_imports_run_one_way():
+    """As CONTRIBUTING says: in no circle; nets, optim and data need neither each other nor the callbacks."""
+    graph = {}
+    for path in (ROOT / "src").rglob("lit_basics/**/*.py"):
+        name = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = set(imports(path))
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+    for name, imported in graph.items():
+        room = name.split(".")[1:2]
+        if room and room[0] in ("nets", "optim", "data"):
+            assert {module.split(".")[1] for module in imported} <= {room[0], "errors", "files"}, name
 
 
 @pytest.fixture(scope="module")
