@@ -694,6 +694,38 @@ def test_layers_made_in_configure_model_are_drawn_in_the_precision():
     assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
+class CallsTwice(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.criterion(self.net(x) + self.net(2 * x), y)
+
+
+def test_a_net_called_twice_in_mixed_precision_has_a_plain_loop():
+    """With autocast's cache, which Lightning does without, its two gradients are added in bfloat16."""
+    report = verify(CallsTwice(), loader(shuffle=False), checks=["loop"], steps=4, precision="bf16-mixed", **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class KeepsAMean(Plain):
+    """Trains nothing, and keeps the mean of what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def training_step(self, batch, batch_idx):
+        self.mean = self.mean.lerp(batch[0].mean(0), 0.1)
+
+    def configure_optimizers(self):
+        return None
+
+
+def test_a_module_without_an_optimizer_has_a_plain_loop():
+    """A loop over no optimizer never calls ``training_step``."""
+    report = verify(KeepsAMean(), loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
 class ByEpoch(Plain):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
