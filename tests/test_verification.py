@@ -462,6 +462,45 @@ def test_a_training_that_diverges_proves_nothing():
     assert verify(Diverging(), data, checks=["loop", "ddp"], steps=4, **EXACT).passed
 
 
+class ForgetsTheLoss(Plain):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+class TrainsAnother(Plain):
+    def configure_optimizers(self):
+        return torch.optim.SGD(nn.Linear(4, 2).parameters(), lr=0.1)
+
+
+class Still(LitClassifier):
+    """Keeps its weights; those of its batch-norm's buffers change."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), num_classes=2)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("kind", [ForgetsTheLoss, TrainsAnother, Still])
+def test_a_training_that_changes_no_weight_proves_nothing(kind):
+    """Every check but *ddp* passes, as nothing that is lost shows."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8)
+    checks = ["loop", "resume", "kill", *(["manual"] if kind is Still else [])]
+    report = verify(kind(), data, checks=checks, steps=4, **EXACT)
+    assert outcomes(report) == dict.fromkeys(checks, "not applicable"), str(report)
+    for verdict in report.verdicts:
+        assert verdict.text.startswith("in 4 steps no weight changes: nothing is proved")
+
+
+def test_lazy_weights_are_no_still_ones():
+    """They have no values before the first step."""
+    model = Plain()
+    model.net = nn.Sequential(nn.LazyLinear(2))
+    report = verify(model, loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
 def test_an_update_of_the_modules_own_has_no_plain_loop():
     report = verify(Own(), loader(shuffle=False), checks=["loop"], steps=6, **EXACT)
     assert outcomes(report) == {"loop": "not applicable"}

@@ -201,7 +201,7 @@ class Verification:
         """Return the trace of the uninterrupted run, made at the first call.
 
         Raises:
-            NotApplicable: If it diverges, or makes no step by itself in an epoch of the run.
+            NotApplicable: If it diverges or moves no weight, or makes no step by itself in an epoch of the run.
             RunError: If it makes no step, or if it does not come out the same twice.
         """
         if self._reference is None:
@@ -215,7 +215,7 @@ class Verification:
                 )
             if not trace.steps:
                 raise RunError("no optimizer step")
-            refuse_diverged(trace.diverged)
+            refuse_vacuous(trace)
             again: Trace = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
             if again.difference is not None:
                 raise RunError(
@@ -239,7 +239,7 @@ class Verification:
         """Return the trace of a run without validation and callbacks, made at the first call.
 
         Raises:
-            NotApplicable: If only with them it trains, or if it diverges.
+            NotApplicable: If only with them it trains, or if it diverges or moves no weight.
         """
         if self._bare is None:
             try:
@@ -247,7 +247,7 @@ class Verification:
             except RunError as error:
                 self.reference()
                 raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
-        refuse_diverged(self._bare.diverged)
+        refuse_vacuous(self._bare)
         return self._bare
 
     def loop(self) -> str:
@@ -461,6 +461,16 @@ def refuse_diverged(diverged: int) -> None:
     """Raise NotApplicable if weights were not finite after step ``diverged`` (0: never): NaN equals NaN here."""
     if diverged:
         raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
+
+
+def refuse_vacuous(trace: Trace) -> None:
+    """Raise NotApplicable if weights were not finite, or stayed what they were: such runs are equal whatever is lost."""
+    refuse_diverged(trace.diverged)
+    if trace.steps and not trace.moved:
+        raise NotApplicable(
+            f"in {trace.steps} steps no weight changes: nothing is proved (does training_step return the loss, has the "
+            "optimizer this module's parameters, is the learning rate 0?)"
+        )
 
 
 def joined_epochs(ranks: list[Recorded]) -> list[list[Any]]:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
@@ -51,6 +52,8 @@ class Trace:
     checkpoints: list[Path] = field(default_factory=list)
     diverged: int = 0
     """The first step after which a trained parameter was not finite, in a run without a reference; 0 if all were."""
+    moved: bool = False
+    """Whether a parameter, or a buffer of a module without an optimizer, changed in a run without a reference."""
     compared: int = 0
     """Tensors compared with the reference."""
     difference: Difference | None = None
@@ -101,10 +104,16 @@ class Tracer(Onlooker):
     ) -> None:
         self.trace, self.reference = trace, reference
         self.save_to, self.last, self.report = save_to, last, report
+        self._initial: dict[str, Tensor | None] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where the run starts, and whether the loader has a state."""
+        """Note where the run starts, with which weights, and whether the loader has a state."""
         self.trace.steps = trainer.global_step
+        if self.reference is None:
+            fitted: dict[str, Tensor] = dict(pl_module.named_parameters())
+            if not any(group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups):
+                fitted |= pl_module.named_buffers()  # the module fits them itself
+            self._initial = {name: None if is_lazy(value) else comparable(value) for name, value in fitted.items()}
         loaders = CombinedLoader(trainer.train_dataloader).flattened
         loaders = [loader.loader if isinstance(loader, StepsInBetween) else loader for loader in loaders]
         stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
@@ -140,6 +149,7 @@ class Tracer(Onlooker):
         """Keep or compare the state after a step, or, as step 0, at the end."""
         state = training_state(trainer.lightning_module, trainer.optimizers)
         if self.reference is None:
+            self.trace.moved |= any(largest_difference(state.get(n), before) for n, before in self._initial.items())
             torch.save(state, self.trace.folder / f"{step}.pt")
         elif step or self.trace.steps == self.reference.steps:
             self.trace.compare(step, state, self.reference)
