@@ -846,6 +846,17 @@ def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
     )
 
 
+def test_gradients_that_a_module_accumulates_by_itself():
+    """Saved amid the batches of a step they are lost: "something is not in the checkpoint"."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(Manual(-2), data, checks=["resume", "kill"], steps=10, **EXACT)
+    assert outcomes(report) == {"resume": "passed", "kill": "passed"}, str(report)
+    assert "9 resume points" in report["resume"].text
+    report = verify(Manual(-3), data, checks=["resume"], steps=10, limit_val_batches=0, **EXACT)
+    assert "resumed after batch4, at step 2: " in report["resume"].text
+    assert "an epoch ends amid the batches of a step" in report["resume"].text
+
+
 class Keeps:
     """A loader with a state, whose length nobody knows."""
 

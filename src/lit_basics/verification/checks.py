@@ -464,7 +464,7 @@ def refuse_diverged(diverged: int) -> None:
 
 
 def refuse_vacuous(trace: Trace) -> None:
-    """Raise NotApplicable if weights were not finite, or stayed what they were: such runs are equal whatever is lost."""
+    """Raise NotApplicable if weights were not finite or never changed: such runs are equal, whatever is lost."""
     refuse_diverged(trace.diverged)
     if trace.steps and not trace.moved:
         raise NotApplicable(
@@ -560,6 +560,11 @@ def resume_cause(trace: Trace, reference: Trace) -> str:
         )
     if batch is not None:
         return f"the state of the training loader does not bring back its order: batch {batch} is another"
+    if reference.halfway:
+        return (
+            "an epoch ends amid the batches of a step, whose gradients are not in its checkpoint: step the optimizer "
+            "at the epoch's last batch too (trainer.is_last_batch)"
+        )
     return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"
 
 

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
-from lit_basics.finite import are_finite
+from lit_basics.finite import are_finite, norms_of
 from lit_basics.modules import LitSupervised
 from lit_basics.nested import tensors_in
 from lit_basics.steps import at_step_boundary
@@ -59,6 +59,8 @@ class Trace:
     difference: Difference | None = None
     loader: str = ""
     """The class of the training loader that has no state, or ""."""
+    halfway: bool = False
+    """Whether an epoch ended amid the batches of a step that the module accumulates by itself."""
     ahead: bool = False
     """Whether a training loader has a state and no length."""
 
@@ -104,6 +106,7 @@ class Tracer(Onlooker):
     ) -> None:
         self.trace, self.reference = trace, reference
         self.save_to, self.last, self.report = save_to, last, report
+        self._halfway = False
         self._initial: dict[str, Tensor | None] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,17 +135,21 @@ class Tracer(Onlooker):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep or compare the state, if an optimizer step was made."""
-        if trainer.global_step > self.trace.steps:
+        stepped = trainer.global_step > self.trace.steps
+        # of other modules, Lightning keeps no gradients that are accumulated half-way
+        ours = isinstance(pl_module, LitSupervised)
+        self._halfway = not (ours or stepped or pl_module.automatic_optimization) and has_gradients(pl_module)
+        if stepped:
             self.trace.steps = trainer.global_step
             if self.reference is None and not (self.trace.diverged or finite(pl_module)):
                 self.trace.diverged = self.trace.steps
             self.look(self.trace.steps, trainer)
-        # of other modules, Lightning keeps no gradients that are accumulated half-way
-        if at_step_boundary(trainer, halfway=isinstance(pl_module, LitSupervised)):
+        if at_step_boundary(trainer, halfway=ours) and not self._halfway:
             self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a checkpoint."""
+        self.trace.halfway |= self._halfway and has_gradients(pl_module)  # a validation has dropped them
         self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
 
     def look(self, step: int, trainer: pl.Trainer) -> None:
@@ -180,6 +187,11 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
 def finite(module: torch.nn.Module) -> bool:
     """Return whether all trained parameters are finite; buffers, such as masks, need not be."""
     return are_finite(p for p in module.parameters() if p.requires_grad)
+
+
+def has_gradients(module: torch.nn.Module) -> bool:
+    """Return whether a gradient is not zero."""
+    return bool(norms_of(p.grad for p in module.parameters() if p.grad is not None).any())
 
 
 def comparable(value: Tensor) -> Tensor:
