@@ -421,6 +421,48 @@ def test_state_outside_the_checkpoint_fails():
     assert "keeps outside parameters and buffers" in report["resume"].text
 
 
+class Teaches(Plain):
+    """Follows its weights with those of a teacher, which it takes into account."""
+
+    def __init__(self):
+        super().__init__(samples=64)
+        self.teacher = nn.Linear(4, 2).requires_grad_(False)
+        self.net = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+    def follow(self):
+        for value, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            value.data.lerp_(new.data, 0.1)
+
+
+class TeachesAfterTheBatch(Teaches):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.follow()
+
+
+class TeachesBeforeTheNext(Teaches):
+    def on_before_zero_grad(self, optimizer):
+        self.follow()
+
+
+class TeachesInTheStep(Teaches):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.follow()
+
+
+def test_a_teacher_that_follows_after_the_callbacks_is_named():
+    """Without it "something is not in the checkpoint"; the hooks that are named in its place are resumed."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    text = verify(TeachesAfterTheBatch(), data, checks=["resume"], steps=4, **EXACT)["resume"].text
+    assert "checkpoints are saved before the module's on_train_batch_end, which a resume does not repeat" in text
+    for kind in (TeachesBeforeTheNext, TeachesInTheStep):
+        report = verify(kind(), data, checks=["resume"], steps=4, **EXACT)
+        assert outcomes(report) == {"resume": "passed"}, str(report)
+
+
 class Clock(LitBlitzNet):
     def compute_loss(self, batch, batch_idx):
         return super().compute_loss(batch, batch_idx) * random.SystemRandom().random()

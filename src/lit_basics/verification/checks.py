@@ -298,7 +298,7 @@ class Verification:
         stem, trace = failed[0]
         what = f"made {trace.steps} steps instead of {reference.steps}"
         if trace.difference is not None:
-            what = f"{trace.difference}; {resume_cause(trace, reference)}"
+            what = f"{trace.difference}; {resume_cause(trace, reference, self.subject.model)}"
         raise Failed(f"{len(failed)} of {len(works)} resume points differ; the first, resumed after {stem}, {what}")
 
     def manual(self) -> str:
@@ -448,7 +448,8 @@ class Verification:
             if trace.steps != reference.steps:
                 raise Failed(f"{since}, the run made {trace.steps} steps instead of {reference.steps}")
             if trace.difference is not None:
-                raise Failed(f"{since}, the run differs {trace.difference}; {resume_cause(trace, reference)}")
+                cause = resume_cause(trace, reference, self.subject.model)
+                raise Failed(f"{since}, the run differs {trace.difference}; {cause}")
             if len(moments) >= KILLS and trace.compared:
                 after = ", ".join(map(str, moments))
                 return f"killed in the steps after {after}; {compared} comparisons: equal to the uninterrupted run"
@@ -542,7 +543,7 @@ def kill_after(run: Run, step: int | None) -> bool:
     return False
 
 
-def resume_cause(trace: Trace, reference: Trace) -> str:
+def resume_cause(trace: Trace, reference: Trace, model: pl.LightningModule) -> str:
     """Return in words why a resumed run probably differs."""
     batch = first_difference(trace.batches, reference.batches)
     drawn = first_difference(trace.random, reference.random)
@@ -564,6 +565,12 @@ def resume_cause(trace: Trace, reference: Trace) -> str:
         return (
             "an epoch ends amid the batches of a step, whose gradients are not in its checkpoint: step the optimizer "
             "at the epoch's last batch too (trainer.is_last_batch)"
+        )
+    if is_overridden("on_train_batch_end", model):
+        return (
+            "checkpoints are saved before the module's on_train_batch_end, which a resume does not repeat (what it "
+            "changes belongs into on_before_zero_grad, optimizer_step or a callback), or something is kept outside "
+            "parameters and buffers"
         )
     return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"
 
