@@ -213,6 +213,61 @@ def test_a_metric_of_one_rank_only_fails():
     assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
 
 
+class MeanOfLargest(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_largest", self.net(batch[0]).max(), batch_size=len(batch[1]), sync_dist=True)
+
+
+def test_a_metric_that_depends_on_the_batches_is_not_one_of_one_rank_only():
+    """Of it ``sync_dist=True`` was said to be missing."""
+    report = verify(MeanOfLargest(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert "in one process: its mean over batches depends on how samples fall into them" in report["ddp"].text
+
+
+@pytest.mark.parametrize(
+    ("limit", "more"),
+    [
+        (1, "validation is cut by limit_val_batches, its samples and metrics are not compared"),
+        (0.0, "no validation"),
+    ],
+)
+def test_a_validation_of_some_batches_or_none_is_not_compared(limit, more):
+    """That the metrics are not went unsaid, and a validation that there is not in the user's run was made whole."""
+    model = Plain(samples=64, sync_dist=False)
+    report = verify(model, loader(shuffle=True), checks=["ddp"], limit_val_batches=limit, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert report["ddp"].text.endswith(f"; {more}")
+
+
+class BreaksInValidation(Plain):
+    """Breaks amid the run; it has three epochs."""
+
+    def validation_step(self, batch, batch_idx):
+        assert self.trainer.sanity_checking or self.current_epoch == 2, "validated"
+
+
+@pytest.mark.parametrize("every", [3, 5])
+def test_a_rare_validation_is_brought_into_the_run(every):
+    """Left to come after the run, or at its end, nothing of it is verified."""
+    report = verify(
+        BreaksInValidation(), loader(shuffle=False), checks=["resume"], steps=6, check_val_every_n_epoch=every, **EXACT
+    )
+    assert "validated" in report["resume"].text
+
+
+class Synchronized(Plain):
+    def __init__(self):
+        super().__init__(samples=64)
+        self.net.insert(1, nn.SyncBatchNorm(8))
+
+
+def test_synchronized_batch_norm_says_nothing_of_ranks_on_the_cpu():
+    """DistributedDataParallel refuses it there: "failed"."""
+    report = verify(Synchronized(), loader(shuffle=True), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed", "ddp": "not applicable"}, str(report)
+    assert "SyncBatchNorm, which several processes can train on GPUs only" in report["ddp"].text
+
+
 class DrawsInValidation(Plain):
     def validation_step(self, batch, batch_idx):
         self.log("val_noise", torch.rand(()), sync_dist=True)
@@ -1034,6 +1089,25 @@ def test_batches_that_one_process_cannot_take_say_nothing_of_two(kind, collate, 
     assert reason in report["ddp"].text
 
 
+class Weighted(Plain):
+    """Sums up a few numbers for the whole batch."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[:2], batch_idx) * batch[2].sum()
+
+
+def with_numbers(samples):
+    return *(torch.stack(part) for part in zip(*samples, strict=True)), torch.ones(3)
+
+
+def test_tensors_that_differ_in_their_first_dimension_say_nothing_of_ranks():
+    """The numbers of both ranks are put together like samples: the loss was blamed."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True, collate_fn=with_numbers)
+    report = verify(Weighted(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "tensors of a batch differ in their first dimension" in report["ddp"].text
+
+
 class Packed(Plain):
     """Reads sequences; keeps a table."""
 
@@ -1068,6 +1142,16 @@ def test_packed_sequences_and_sparse_buffers_are_compared(table, checks):
     assert outcomes(report) == dict.fromkeys(checks, "passed"), str(report)
 
 
+def test_a_summed_loss_of_packed_sequences_fails_on_two_ranks():
+    """A packed sequence has more rows than the batch has samples, and is put together rightly."""
+    x, y = loader(shuffle=False).dataset.tensors
+    data = DataLoader(TensorDataset(x, y, torch.arange(48)), batch_size=8, shuffle=True, collate_fn=packed)
+    model = Packed(torch.eye(4))
+    model.criterion = nn.CrossEntropyLoss(reduction="sum")
+    report = verify(model, data, data, checks=["ddp"], **EXACT)
+    assert "two ranks differ from one process on the same global batch at step 1" in report["ddp"].text
+
+
 class PadsValidation(Plain):
     def validation_step(self, batch, batch_idx):
         x, y = batch
@@ -1082,7 +1166,8 @@ def test_validation_samples_that_are_padded_in_their_batch_are_not_counted():
     """Otherwise two ranks repeat and miss nearly all of them."""
     report = verify(PadsValidation(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "passed"}, str(report)
-    assert "validation samples are others in other batches (padding, random draws): not counted" in report["ddp"].text
+    others = "validation samples are others in other batches (padding, random draws)"
+    assert f"{others}: they and the metrics are not compared" in report["ddp"].text
 
 
 class WithScale(Plain):

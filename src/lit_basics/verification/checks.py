@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, Work, run_all
-from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
+from lit_basics.verification.ranks import RANKS, Recorded, environments, joined, uneven
 from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
 from lit_basics.verification.runs import RANK_STEPS, Subject
 from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding, tensors_of
@@ -325,16 +326,19 @@ class Verification:
 
     def ddp(self) -> str:
         """Compare two ranks with one process: updates, and validation."""
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.subject.model.modules()):
+            raise NotApplicable("the module has a SyncBatchNorm, which several processes can train on GPUs only")
         steps, compared, trained = self._ddp_updates()
         model, data = self.subject.model, self.subject.datamodule
         loader = self.subject.val_dataloaders is not None or any(
             owner is not None and is_overridden("val_dataloader", owner) for owner in (data, model)
         )
         equal = f"{steps} steps, {compared} comparisons: two ranks equal one"
-        if not (loader and is_overridden("validation_step", model)):
+        limit = self.subject.arguments.get("limit_val_batches")
+        if not (loader and is_overridden("validation_step", model)) or limit == 0:
             return f"{equal}; no validation"
-        if isinstance(self.subject.arguments.get("limit_val_batches"), int):
-            return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
+        if isinstance(limit, int):
+            return f"{equal}; validation is cut by limit_val_batches, its samples and metrics are not compared"
         for precision in dict.fromkeys((trained, None)):  # what trains may not validate in float64
             validate = partial(self.subject.validate, folder=self.folder, precision=precision)
             alone: Any = None
@@ -344,12 +348,14 @@ class Verification:
                 break
             except RunError as error:
                 if precision is None and alone is None:
-                    return f"{equal}; validation cannot run outside a fit ({error}): its samples are not counted"
+                    reason = f"validation cannot run outside a fit ({error})"
+                    return f"{equal}; {reason}: its samples and metrics are not compared"
                 if precision is None:
                     raise
         seen = ranks[0][0] + ranks[1][0]
         if seen.keys() - alone.keys():
-            return f"{equal}; validation samples are others in other batches (padding, random draws): not counted"
+            others = "validation samples are others in other batches (padding, random draws)"
+            return f"{equal}; {others}: they and the metrics are not compared"
         if seen != alone:
             repeated, missed = (seen - alone).total(), (alone - seen).total()
             if repeated == alone.total():
@@ -368,6 +374,11 @@ class Verification:
                 if not same_metric(value, expected):
                     if draws:
                         return f"{equal}; {counted}; validation draws random numbers, its metrics are not compared"
+                    if all(name in other and same_metric(other[name], value) for _, other, _ in ranks):
+                        raise Failed(
+                            f"{name} is {value:.6g} on two ranks, {expected:.6g} in one process: its mean over batches "
+                            "depends on how samples fall into them; log it as a torchmetrics metric"
+                        )
                     raise Failed(
                         f"{name} is {value:.6g} on rank {rank} of two, {expected:.6g} in one process: it is the "
                         "mean of that rank's batches; log it with sync_dist=True, or as a torchmetrics metric"
@@ -502,6 +513,11 @@ def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -
                 if alone.draws:
                     draws = "the step draws random numbers, which differ from rank to rank by intent"
                     raise NotApplicable(f"{draws}: two ranks differ from one process {found}")
+                if any(uneven(batch) for epoch in ranks[0].epochs for batch in epoch):
+                    sizes = (
+                        "tensors of a batch differ in their first dimension, along which the ranks' are put together"
+                    )
+                    raise NotApplicable(f"{sizes}: two ranks differ from one process {found}")
                 raise Failed(
                     f"two ranks differ from one process on the same global batch {found}; a loss that is not the mean "
                     "over its batch, or a layer that looks at the whole batch, would do that (or batches that cannot "
