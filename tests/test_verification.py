@@ -1535,6 +1535,18 @@ def test_a_run_that_fails_is_a_verdict_with_its_line():
     assert "the run ended in MisconfigurationException" in report["resume"].text
 
 
+class Killed(Plain):
+    def training_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_killed_from_outside_says_nothing():
+    """As the kernel does where memory runs out: "the run ended in SIGKILL", or "a plain loop cannot run it"."""
+    report = verify(Killed(), loader(shuffle=False), checks=["loop", "resume"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable", "resume": "not applicable"}, str(report)
+    assert all(verdict.text.startswith("a run was killed from outside (SIGKILL)") for verdict in report.verdicts)
+
+
 class Misread(Plain):
     def training_step(self, batch, batch_idx):
         return json.loads("{")
