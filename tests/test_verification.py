@@ -213,6 +213,61 @@ def test_a_metric_of_one_rank_only_fails():
     assert verify(Plain(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT).passed
 
 
+class MeanOfLargest(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_largest", self.net(batch[0]).max(), batch_size=len(batch[1]), sync_dist=True)
+
+
+def test_a_metric_that_depends_on_the_batches_is_not_one_of_one_rank_only():
+    """Of it ``sync_dist=True`` was said to be missing."""
+    report = verify(MeanOfLargest(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
+    assert "in one process: its mean over batches depends on how samples fall into them" in report["ddp"].text
+
+
+@pytest.mark.parametrize(
+    ("limit", "more"),
+    [
+        (1, "validation is cut by limit_val_batches, its samples and metrics are not compared"),
+        (0.0, "no validation"),
+    ],
+)
+def test_a_validation_of_some_batches_or_none_is_not_compared(limit, more):
+    """That the metrics are not went unsaid, and a validation that there is not in the user's run was made whole."""
+    model = Plain(samples=64, sync_dist=False)
+    report = verify(model, loader(shuffle=True), checks=["ddp"], limit_val_batches=limit, **EXACT)
+    assert outcomes(report) == {"ddp": "passed"}, str(report)
+    assert report["ddp"].text.endswith(f"; {more}")
+
+
+class BreaksInValidation(Plain):
+    """Breaks amid the run; it has three epochs."""
+
+    def validation_step(self, batch, batch_idx):
+        assert self.trainer.sanity_checking or self.current_epoch == 2, "validated"
+
+
+@pytest.mark.parametrize("every", [3, 5])
+def test_a_rare_validation_is_brought_into_the_run(every):
+    """Left to come after the run, or at its end, nothing of it is verified."""
+    report = verify(
+        BreaksInValidation(), loader(shuffle=False), checks=["resume"], steps=6, check_val_every_n_epoch=every, **EXACT
+    )
+    assert "validated" in report["resume"].text
+
+
+class Synchronized(Plain):
+    def __init__(self):
+        super().__init__(samples=64)
+        self.net.insert(1, nn.SyncBatchNorm(8))
+
+
+def test_synchronized_batch_norm_says_nothing_of_ranks_on_the_cpu():
+    """DistributedDataParallel refuses it there: "failed"."""
+    report = verify(Synchronized(), loader(shuffle=True), checks=["loop", "ddp"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed", "ddp": "not applicable"}, str(report)
+    assert "SyncBatchNorm, which several processes can train on GPUs only" in report["ddp"].text
+
+
 class DrawsInValidation(Plain):
     def validation_step(self, batch, batch_idx):
         self.log("val_noise", torch.rand(()), sync_dist=True)
@@ -421,6 +476,48 @@ def test_state_outside_the_checkpoint_fails():
     assert "keeps outside parameters and buffers" in report["resume"].text
 
 
+class Teaches(Plain):
+    """Follows its weights with those of a teacher, which it takes into account."""
+
+    def __init__(self):
+        super().__init__(samples=64)
+        self.teacher = nn.Linear(4, 2).requires_grad_(False)
+        self.net = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - self.teacher(batch[0])).square().mean()
+
+    def follow(self):
+        for value, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            value.data.lerp_(new.data, 0.1)
+
+
+class TeachesAfterTheBatch(Teaches):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.follow()
+
+
+class TeachesBeforeTheNext(Teaches):
+    def on_before_zero_grad(self, optimizer):
+        self.follow()
+
+
+class TeachesInTheStep(Teaches):
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.follow()
+
+
+def test_a_teacher_that_follows_after_the_callbacks_is_named():
+    """Without it "something is not in the checkpoint"; the hooks that are named in its place are resumed."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    text = verify(TeachesAfterTheBatch(), data, checks=["resume"], steps=4, **EXACT)["resume"].text
+    assert "checkpoints are saved before the module's on_train_batch_end, which a resume does not repeat" in text
+    for kind in (TeachesBeforeTheNext, TeachesInTheStep):
+        report = verify(kind(), data, checks=["resume"], steps=4, **EXACT)
+        assert outcomes(report) == {"resume": "passed"}, str(report)
+
+
 class Clock(LitBlitzNet):
     def compute_loss(self, batch, batch_idx):
         return super().compute_loss(batch, batch_idx) * random.SystemRandom().random()
@@ -460,6 +557,45 @@ def test_a_training_that_diverges_proves_nothing():
     for verdict in report.verdicts:
         assert verdict.text == "the weights are not finite after step 1: nothing can be compared"
     assert verify(Diverging(), data, checks=["loop", "ddp"], steps=4, **EXACT).passed
+
+
+class ForgetsTheLoss(Plain):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+class TrainsAnother(Plain):
+    def configure_optimizers(self):
+        return torch.optim.SGD(nn.Linear(4, 2).parameters(), lr=0.1)
+
+
+class Still(LitClassifier):
+    """Keeps its weights; those of its batch-norm's buffers change."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), num_classes=2)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("kind", [ForgetsTheLoss, TrainsAnother, Still])
+def test_a_training_that_changes_no_weight_proves_nothing(kind):
+    """Every check but *ddp* passes, as nothing that is lost shows."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8)
+    checks = ["loop", "resume", "kill", *(["manual"] if kind is Still else [])]
+    report = verify(kind(), data, checks=checks, steps=4, **EXACT)
+    assert outcomes(report) == dict.fromkeys(checks, "not applicable"), str(report)
+    for verdict in report.verdicts:
+        assert verdict.text.startswith("in 4 steps no weight changes: nothing is proved")
+
+
+def test_lazy_weights_are_no_still_ones():
+    """They have no values before the first step."""
+    model = Plain()
+    model.net = nn.Sequential(nn.LazyLinear(2))
+    report = verify(model, loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
 def test_an_update_of_the_modules_own_has_no_plain_loop():
@@ -694,6 +830,38 @@ def test_layers_made_in_configure_model_are_drawn_in_the_precision():
     assert outcomes(report) == {"loop": "passed"}, str(report)
 
 
+class CallsTwice(Plain):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.criterion(self.net(x) + self.net(2 * x), y)
+
+
+def test_a_net_called_twice_in_mixed_precision_has_a_plain_loop():
+    """With autocast's cache, which Lightning does without, its two gradients are added in bfloat16."""
+    report = verify(CallsTwice(), loader(shuffle=False), checks=["loop"], steps=4, precision="bf16-mixed", **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
+class KeepsAMean(Plain):
+    """Trains nothing, and keeps the mean of what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def training_step(self, batch, batch_idx):
+        self.mean = self.mean.lerp(batch[0].mean(0), 0.1)
+
+    def configure_optimizers(self):
+        return None
+
+
+def test_a_module_without_an_optimizer_has_a_plain_loop():
+    """A loop over no optimizer never calls ``training_step``."""
+    report = verify(KeepsAMean(), loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
 class ByEpoch(Plain):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
@@ -773,6 +941,17 @@ def test_a_module_that_makes_no_step_in_a_short_epoch_says_nothing():
         report["resume"].text
         == "no optimizer step that Lightning counts in epochs of 2 batches; --steps makes them longer"
     )
+
+
+def test_gradients_that_a_module_accumulates_by_itself():
+    """Saved amid the batches of a step they are lost: "something is not in the checkpoint"."""
+    data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True)
+    report = verify(Manual(-2), data, checks=["resume", "kill"], steps=10, **EXACT)
+    assert outcomes(report) == {"resume": "passed", "kill": "passed"}, str(report)
+    assert "9 resume points" in report["resume"].text
+    report = verify(Manual(-3), data, checks=["resume"], steps=10, limit_val_batches=0, **EXACT)
+    assert "resumed after batch4, at step 2: " in report["resume"].text
+    assert "an epoch ends amid the batches of a step" in report["resume"].text
 
 
 class Keeps:
@@ -910,6 +1089,25 @@ def test_batches_that_one_process_cannot_take_say_nothing_of_two(kind, collate, 
     assert reason in report["ddp"].text
 
 
+class Weighted(Plain):
+    """Sums up a few numbers for the whole batch."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[:2], batch_idx) * batch[2].sum()
+
+
+def with_numbers(samples):
+    return *(torch.stack(part) for part in zip(*samples, strict=True)), torch.ones(3)
+
+
+def test_tensors_that_differ_in_their_first_dimension_say_nothing_of_ranks():
+    """The numbers of both ranks are put together like samples: the loss was blamed."""
+    data = DataLoader(loader(shuffle=False).dataset, batch_size=8, shuffle=True, collate_fn=with_numbers)
+    report = verify(Weighted(samples=64), data, checks=["ddp"], **EXACT)
+    assert outcomes(report) == {"ddp": "not applicable"}, str(report)
+    assert "tensors of a batch differ in their first dimension" in report["ddp"].text
+
+
 class Packed(Plain):
     """Reads sequences; keeps a table."""
 
@@ -944,6 +1142,16 @@ def test_packed_sequences_and_sparse_buffers_are_compared(table, checks):
     assert outcomes(report) == dict.fromkeys(checks, "passed"), str(report)
 
 
+def test_a_summed_loss_of_packed_sequences_fails_on_two_ranks():
+    """A packed sequence has more rows than the batch has samples, and is put together rightly."""
+    x, y = loader(shuffle=False).dataset.tensors
+    data = DataLoader(TensorDataset(x, y, torch.arange(48)), batch_size=8, shuffle=True, collate_fn=packed)
+    model = Packed(torch.eye(4))
+    model.criterion = nn.CrossEntropyLoss(reduction="sum")
+    report = verify(model, data, data, checks=["ddp"], **EXACT)
+    assert "two ranks differ from one process on the same global batch at step 1" in report["ddp"].text
+
+
 class PadsValidation(Plain):
     def validation_step(self, batch, batch_idx):
         x, y = batch
@@ -958,7 +1166,8 @@ def test_validation_samples_that_are_padded_in_their_batch_are_not_counted():
     """Otherwise two ranks repeat and miss nearly all of them."""
     report = verify(PadsValidation(samples=64), loader(shuffle=True), checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "passed"}, str(report)
-    assert "validation samples are others in other batches (padding, random draws): not counted" in report["ddp"].text
+    others = "validation samples are others in other batches (padding, random draws)"
+    assert f"{others}: they and the metrics are not compared" in report["ddp"].text
 
 
 class WithScale(Plain):
@@ -1324,6 +1533,18 @@ def test_a_demo_module_gets_verdicts():
 def test_a_run_that_fails_is_a_verdict_with_its_line():
     report = verify(Plain(), loader(shuffle=False), checks=["resume"], steps=4, gradient_clip_algorithm="x", **EXACT)
     assert "the run ended in MisconfigurationException" in report["resume"].text
+
+
+class Killed(Plain):
+    def training_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_killed_from_outside_says_nothing():
+    """As the kernel does where memory runs out: "the run ended in SIGKILL", or "a plain loop cannot run it"."""
+    report = verify(Killed(), loader(shuffle=False), checks=["loop", "resume"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "not applicable", "resume": "not applicable"}, str(report)
+    assert all(verdict.text.startswith("a run was killed from outside (SIGKILL)") for verdict in report.verdicts)
 
 
 class Misread(Plain):

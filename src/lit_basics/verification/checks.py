@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError, first_line, nearest
 from lit_basics.modules import AUTOMATIC_ONLY, LitSupervised
 from lit_basics.verification.forks import Run, RunError, Work, run_all
-from lit_basics.verification.ranks import RANKS, Recorded, environments, joined
+from lit_basics.verification.ranks import RANKS, Recorded, environments, joined, uneven
 from lit_basics.verification.report import Failed, NotApplicable, Outcome, Report, Verdict
 from lit_basics.verification.runs import RANK_STEPS, Subject
 from lit_basics.verification.tracing import Difference, Trace, digest, largest_difference, rounding, tensors_of
@@ -201,7 +202,7 @@ class Verification:
         """Return the trace of the uninterrupted run, made at the first call.
 
         Raises:
-            NotApplicable: If it diverges, or makes no step by itself in an epoch of the run.
+            NotApplicable: If it diverges or moves no weight, or makes no step by itself in an epoch of the run.
             RunError: If it makes no step, or if it does not come out the same twice.
         """
         if self._reference is None:
@@ -215,7 +216,7 @@ class Verification:
                 )
             if not trace.steps:
                 raise RunError("no optimizer step")
-            refuse_diverged(trace.diverged)
+            refuse_vacuous(trace)
             again: Trace = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
             if again.difference is not None:
                 raise RunError(
@@ -239,7 +240,7 @@ class Verification:
         """Return the trace of a run without validation and callbacks, made at the first call.
 
         Raises:
-            NotApplicable: If only with them it trains, or if it diverges.
+            NotApplicable: If only with them it trains, or if it diverges or moves no weight.
         """
         if self._bare is None:
             try:
@@ -247,7 +248,7 @@ class Verification:
             except RunError as error:
                 self.reference()
                 raise NotApplicable(f"without validation and callbacks it cannot train: {error}") from error
-        refuse_diverged(self._bare.diverged)
+        refuse_vacuous(self._bare)
         return self._bare
 
     def loop(self) -> str:
@@ -298,7 +299,7 @@ class Verification:
         stem, trace = failed[0]
         what = f"made {trace.steps} steps instead of {reference.steps}"
         if trace.difference is not None:
-            what = f"{trace.difference}; {resume_cause(trace, reference)}"
+            what = f"{trace.difference}; {resume_cause(trace, reference, self.subject.model)}"
         raise Failed(f"{len(failed)} of {len(works)} resume points differ; the first, resumed after {stem}, {what}")
 
     def manual(self) -> str:
@@ -325,16 +326,19 @@ class Verification:
 
     def ddp(self) -> str:
         """Compare two ranks with one process: updates, and validation."""
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.subject.model.modules()):
+            raise NotApplicable("the module has a SyncBatchNorm, which several processes can train on GPUs only")
         steps, compared, trained = self._ddp_updates()
         model, data = self.subject.model, self.subject.datamodule
         loader = self.subject.val_dataloaders is not None or any(
             owner is not None and is_overridden("val_dataloader", owner) for owner in (data, model)
         )
         equal = f"{steps} steps, {compared} comparisons: two ranks equal one"
-        if not (loader and is_overridden("validation_step", model)):
+        limit = self.subject.arguments.get("limit_val_batches")
+        if not (loader and is_overridden("validation_step", model)) or limit == 0:
             return f"{equal}; no validation"
-        if isinstance(self.subject.arguments.get("limit_val_batches"), int):
-            return f"{equal}; validation is cut by limit_val_batches, its samples are not counted"
+        if isinstance(limit, int):
+            return f"{equal}; validation is cut by limit_val_batches, its samples and metrics are not compared"
         for precision in dict.fromkeys((trained, None)):  # what trains may not validate in float64
             validate = partial(self.subject.validate, folder=self.folder, precision=precision)
             alone: Any = None
@@ -344,12 +348,14 @@ class Verification:
                 break
             except RunError as error:
                 if precision is None and alone is None:
-                    return f"{equal}; validation cannot run outside a fit ({error}): its samples are not counted"
+                    reason = f"validation cannot run outside a fit ({error})"
+                    return f"{equal}; {reason}: its samples and metrics are not compared"
                 if precision is None:
                     raise
         seen = ranks[0][0] + ranks[1][0]
         if seen.keys() - alone.keys():
-            return f"{equal}; validation samples are others in other batches (padding, random draws): not counted"
+            others = "validation samples are others in other batches (padding, random draws)"
+            return f"{equal}; {others}: they and the metrics are not compared"
         if seen != alone:
             repeated, missed = (seen - alone).total(), (alone - seen).total()
             if repeated == alone.total():
@@ -368,6 +374,11 @@ class Verification:
                 if not same_metric(value, expected):
                     if draws:
                         return f"{equal}; {counted}; validation draws random numbers, its metrics are not compared"
+                    if all(name in other and same_metric(other[name], value) for _, other, _ in ranks):
+                        raise Failed(
+                            f"{name} is {value:.6g} on two ranks, {expected:.6g} in one process: its mean over batches "
+                            "depends on how samples fall into them; log it as a torchmetrics metric"
+                        )
                     raise Failed(
                         f"{name} is {value:.6g} on rank {rank} of two, {expected:.6g} in one process: it is the "
                         "mean of that rank's batches; log it with sync_dist=True, or as a torchmetrics metric"
@@ -448,7 +459,8 @@ class Verification:
             if trace.steps != reference.steps:
                 raise Failed(f"{since}, the run made {trace.steps} steps instead of {reference.steps}")
             if trace.difference is not None:
-                raise Failed(f"{since}, the run differs {trace.difference}; {resume_cause(trace, reference)}")
+                cause = resume_cause(trace, reference, self.subject.model)
+                raise Failed(f"{since}, the run differs {trace.difference}; {cause}")
             if len(moments) >= KILLS and trace.compared:
                 after = ", ".join(map(str, moments))
                 return f"killed in the steps after {after}; {compared} comparisons: equal to the uninterrupted run"
@@ -461,6 +473,16 @@ def refuse_diverged(diverged: int) -> None:
     """Raise NotApplicable if weights were not finite after step ``diverged`` (0: never): NaN equals NaN here."""
     if diverged:
         raise NotApplicable(f"the weights are not finite after step {diverged}: nothing can be compared")
+
+
+def refuse_vacuous(trace: Trace) -> None:
+    """Raise NotApplicable if weights were not finite or never changed: such runs are equal, whatever is lost."""
+    refuse_diverged(trace.diverged)
+    if trace.steps and not trace.moved:
+        raise NotApplicable(
+            f"in {trace.steps} steps no weight changes: nothing is proved (does training_step return the loss, has the "
+            "optimizer this module's parameters, is the learning rate 0?)"
+        )
 
 
 def joined_epochs(ranks: list[Recorded]) -> list[list[Any]]:
@@ -491,6 +513,11 @@ def compared_updates(ranks: list[Recorded], alone: Recorded, tolerance: float) -
                 if alone.draws:
                     draws = "the step draws random numbers, which differ from rank to rank by intent"
                     raise NotApplicable(f"{draws}: two ranks differ from one process {found}")
+                if any(uneven(batch) for epoch in ranks[0].epochs for batch in epoch):
+                    sizes = (
+                        "tensors of a batch differ in their first dimension, along which the ranks' are put together"
+                    )
+                    raise NotApplicable(f"{sizes}: two ranks differ from one process {found}")
                 raise Failed(
                     f"two ranks differ from one process on the same global batch {found}; a loss that is not the mean "
                     "over its batch, or a layer that looks at the whole batch, would do that (or batches that cannot "
@@ -532,7 +559,7 @@ def kill_after(run: Run, step: int | None) -> bool:
     return False
 
 
-def resume_cause(trace: Trace, reference: Trace) -> str:
+def resume_cause(trace: Trace, reference: Trace, model: pl.LightningModule) -> str:
     """Return in words why a resumed run probably differs."""
     batch = first_difference(trace.batches, reference.batches)
     drawn = first_difference(trace.random, reference.random)
@@ -550,6 +577,17 @@ def resume_cause(trace: Trace, reference: Trace) -> str:
         )
     if batch is not None:
         return f"the state of the training loader does not bring back its order: batch {batch} is another"
+    if reference.halfway:
+        return (
+            "an epoch ends amid the batches of a step, whose gradients are not in its checkpoint: step the optimizer "
+            "at the epoch's last batch too (trainer.is_last_batch)"
+        )
+    if is_overridden("on_train_batch_end", model):
+        return (
+            "checkpoints are saved before the module's on_train_batch_end, which a resume does not repeat (what it "
+            "changes belongs into on_before_zero_grad, optimizer_step or a callback), or something is kept outside "
+            "parameters and buffers"
+        )
     return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lit_basics.errors import where
+from lit_basics.verification.report import NotApplicable
 
 Work = Callable[[Callable[[int], None]], Any]
 """What a process does; it is given a function that reports a step to the parent."""
@@ -64,7 +65,7 @@ class Run:
         self.step = 0
         """The newest step that the process has reported."""
         self._result: Any = None
-        self._error: RunError | None = RunError("its process, which ended without a word")
+        self._error: RunError | NotApplicable | None = RunError("its process, which ended without a word")
 
     def receive(self) -> bool:
         """Take the next message; return False if it was the last."""
@@ -73,8 +74,10 @@ class Run:
         except EOFError:
             self.process.join()
             code = self.process.exitcode or 0
-            if self._error is not None and not self._error.kind and code < 0:
+            if isinstance(self._error, RunError) and not self._error.kind and code < 0:
                 self._error = RunError(signal.Signals(-code).name)
+                if code == -signal.SIGKILL:  # not ours: of a run that we kill nobody asks for the result
+                    self._error = NotApplicable("a run was killed from outside (SIGKILL): is there too little memory?")
             return False
         if kind == "step":
             self.step = content
@@ -90,6 +93,7 @@ class Run:
 
         Raises:
             RunError: If it raised.
+            NotApplicable: If it was killed from outside.
         """
         if self._error is not None:
             raise self._error

@@ -135,6 +135,8 @@ def plain_loop(
                         return clipped(backward(), module, optimizer, settings)
 
                     optimizer.step(closure)
+                if not optimizers:
+                    backward()
                 done += 1
                 counters["global_step"] = done
                 update(schedulers, "step", index)
@@ -170,7 +172,7 @@ class Plan:
 def forward_context(precision: str) -> AbstractContextManager[None]:
     """Return what a step runs in: autocast, or another default dtype."""
     if precision == "bf16-mixed":
-        return torch.autocast("cpu", torch.bfloat16)
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # as Lightning's
     return default_dtype(DTYPES.get(precision, torch.get_default_dtype()))
 
 

@@ -102,6 +102,8 @@ class Subject:
         interval = given.get("val_check_interval", 1.0)
         if (isinstance(interval, int) and interval > limit) or (isinstance(interval, float) and interval * limit < 1):
             given["val_check_interval"] = 1.0 if given.get("check_val_every_n_epoch", 1) else limit
+        if (given.get("check_val_every_n_epoch") or 1) * limit >= steps * self.accumulate:
+            given["check_val_every_n_epoch"] = 1  # else no validation has training after it
         for name in LEFT_OUT:
             given.pop(name, None)
         wanted = given.get("limit_val_batches", 1.0)

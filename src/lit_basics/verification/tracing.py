@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lit_basics.callbacks.random_state import generator_states
 from lit_basics.execution import StepsInBetween
-from lit_basics.finite import are_finite
+from lit_basics.finite import are_finite, norms_of
 from lit_basics.modules import LitSupervised
 from lit_basics.nested import tensors_in
 from lit_basics.steps import at_step_boundary
@@ -51,11 +52,15 @@ class Trace:
     checkpoints: list[Path] = field(default_factory=list)
     diverged: int = 0
     """The first step after which a trained parameter was not finite, in a run without a reference; 0 if all were."""
+    moved: bool = False
+    """Whether a parameter, or a buffer of a module without an optimizer, changed in a run without a reference."""
     compared: int = 0
     """Tensors compared with the reference."""
     difference: Difference | None = None
     loader: str = ""
     """The class of the training loader that has no state, or ""."""
+    halfway: bool = False
+    """Whether an epoch ended amid the batches of a step that the module accumulates by itself."""
     ahead: bool = False
     """Whether a training loader has a state and no length."""
 
@@ -101,10 +106,17 @@ class Tracer(Onlooker):
     ) -> None:
         self.trace, self.reference = trace, reference
         self.save_to, self.last, self.report = save_to, last, report
+        self._halfway = False
+        self._initial: dict[str, Tensor | None] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where the run starts, and whether the loader has a state."""
+        """Note where the run starts, with which weights, and whether the loader has a state."""
         self.trace.steps = trainer.global_step
+        if self.reference is None:
+            fitted: dict[str, Tensor] = dict(pl_module.named_parameters())
+            if not any(group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups):
+                fitted |= pl_module.named_buffers()  # the module fits them itself
+            self._initial = {name: None if is_lazy(value) else comparable(value) for name, value in fitted.items()}
         loaders = CombinedLoader(trainer.train_dataloader).flattened
         loaders = [loader.loader if isinstance(loader, StepsInBetween) else loader for loader in loaders]
         stateless = [type(loader).__name__ for loader in loaders if not hasattr(loader, "state_dict")]
@@ -123,23 +135,28 @@ class Tracer(Onlooker):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep or compare the state, if an optimizer step was made."""
-        if trainer.global_step > self.trace.steps:
+        stepped = trainer.global_step > self.trace.steps
+        # of other modules, Lightning keeps no gradients that are accumulated half-way
+        ours = isinstance(pl_module, LitSupervised)
+        self._halfway = not (ours or stepped or pl_module.automatic_optimization) and has_gradients(pl_module)
+        if stepped:
             self.trace.steps = trainer.global_step
             if self.reference is None and not (self.trace.diverged or finite(pl_module)):
                 self.trace.diverged = self.trace.steps
             self.look(self.trace.steps, trainer)
-        # of other modules, Lightning keeps no gradients that are accumulated half-way
-        if at_step_boundary(trainer, halfway=isinstance(pl_module, LitSupervised)):
+        if at_step_boundary(trainer, halfway=ours) and not self._halfway:
             self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a checkpoint."""
+        self.trace.halfway |= self._halfway and has_gradients(pl_module)  # a validation has dropped them
         self._save(trainer, f"batch{trainer.fit_loop.total_batch_idx + 1}.ckpt")
 
     def look(self, step: int, trainer: pl.Trainer) -> None:
         """Keep or compare the state after a step, or, as step 0, at the end."""
         state = training_state(trainer.lightning_module, trainer.optimizers)
         if self.reference is None:
+            self.trace.moved |= any(largest_difference(state.get(n), before) for n, before in self._initial.items())
             torch.save(state, self.trace.folder / f"{step}.pt")
         elif step or self.trace.steps == self.reference.steps:
             self.trace.compare(step, state, self.reference)
@@ -170,6 +187,11 @@ def training_state(module: torch.nn.Module, optimizers: list[torch.optim.Optimiz
 def finite(module: torch.nn.Module) -> bool:
     """Return whether all trained parameters are finite; buffers, such as masks, need not be."""
     return are_finite(p for p in module.parameters() if p.requires_grad)
+
+
+def has_gradients(module: torch.nn.Module) -> bool:
+    """Return whether a gradient is not zero."""
+    return bool(norms_of(p.grad for p in module.parameters() if p.grad is not None).any())
 
 
 def comparable(value: Tensor) -> Tensor:
