@@ -79,6 +79,10 @@ def assert_short(message, *fragments):
         ("fit --config ./nowhere", ["./nowhere", "does not exist"]),
         ("fit --config .", ["folder"]),
         ("fit --config= quickstart", ["--config needs a value"]),
+        ("fit --config quickstart --data.batch_size", ["--data.batch_size needs a value"]),
+        ("fit --config quickstart --data.batch_size --trainer.max_epochs 1", ["--data.batch_size needs a value"]),
+        ("fit --config quickstart --model.optimizer.lr -1e-3", ["is one after =: --model.optimizer.lr=-1e-3"]),
+        ("fit --config quickstart --model --data SyntheticCIFAR10", ["--model needs a value"]),
         # an option
         ("fit --confg quickstart", ["--confg", "'--config'"]),
         ("fit --config quickstart --trainer.max_epoch 3", ["--trainer.max_epoch", "'--trainer.max_epochs'"]),
@@ -267,6 +271,21 @@ def test_gpu_without_a_gpu(refused):
             ["torch.nn.Linear", "in_features"],
         ),
         ("model: LitLeNet5\ndata: {class_path: SyntheticCIFAR10, init_args: {batch_size: big}}\n", ["big"]),
+        # null, or nothing after the colon
+        (DATA + "seed_everything: null\n", ["seed_everything is null", "must be bool or int"]),
+        (DATA + "non_finite_guard:\n", ["non_finite_guard is null", "must be bool"]),
+        (DATA + "last_checkpoint:\n", ["last_checkpoint is null", "must be bool"]),
+        (DATA + "trainer:\n  strategy:\n", ["trainer.strategy is null", "must be str"]),
+        (DATA.replace("100", ""), ["data.train_images is null", "must be int"]),
+        (
+            "model: {class_path: LitLeNet5, init_args: {optimizer: {class_path: Adam, init_args: {lr: }}}}\n",
+            ["model.optimizer.lr is null", "must be float"],
+        ),
+        ("model: {class_path: LitLeNet5, init_args: {optimizer: null}}\n", ["model.optimizer is null", "be a class"]),
+        (
+            DATA + "trainer: {callbacks: [{class_path: GradientMonitor, init_args: {every_n_steps: }}]}\n",
+            ["trainer.callbacks.every_n_steps is null", "must be int"],
+        ),
     ],
 )
 def test_config_files(refused, tmp_path, text, fragments):
@@ -291,6 +310,26 @@ def test_the_last_file_with_the_key_is_named(words, refused, tmp_path):
     (tmp_path / "a.yaml").write_text(DATA)
     (tmp_path / "b.yaml").write_text("data: {init_args: {batch_size: big}}\n")
     refused(["fit", *words], "data.batch_size is big (in b.yaml)")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data.init_args.batch_size", "big"],
+        ["--data", '{"class_path": "SyntheticCIFAR10", "init_args": {"batch_size": "big"}}'],
+        ["--data={class_path: SyntheticCIFAR10, init_args: {batch_size: big}}"],
+    ],
+)
+def test_a_file_is_not_blamed_for_what_was_typed(words, refused, tmp_path):
+    (tmp_path / "my.yaml").write_text(DATA.replace("100", "100, batch_size: 4"))
+    assert "my.yaml" not in refused(["fit", "--config", "my.yaml", *words], "data.batch_size is big; it must be int")
+
+
+def test_a_config_from_a_pipe(refused):
+    descriptor, end = os.pipe()
+    os.close(end)
+    refused(["fit", "--config", f"/dev/fd/{descriptor}"], "is a pipe or a device; save it to a file first")
+    os.close(descriptor)
 
 
 # data
@@ -520,6 +559,17 @@ def test_a_run_directory_that_cannot_be_written(refused, tmp_path, folder):
     refused([*QUICK, *SMALL, "--run_dir", folder], folder, "cannot be written", "--run_dir")
 
 
+@pytest.mark.parametrize("link", ["runs", "runs/quickstart"])
+def test_a_link_to_a_folder_that_is_gone(link, tmp_path):
+    """Taken for the name of another run of this second, it is tried again without an end."""
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("gone")
+    command = [sys.executable, "-m", "lit_basics", *QUICK, *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert_short(done.stderr, "runs/quickstart", "cannot be written: File exists", "--run_dir")
+    assert done.returncode == 2
+
+
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("made_by_a_checkpoint",)
@@ -595,6 +645,30 @@ def test_a_variable_of_the_shell_that_is_not_set(refused, trained, words):
     before = snapshot(trained)
     refused([*QUICK, *SMALL, "--run_dir", trained, *words], f"{words[0].rstrip('=')} needs a value")
     assert snapshot(trained) == before
+
+
+@pytest.fixture
+def other_images(tmp_path):
+    """Words for images of a size that LeNet-5 does not take."""
+    images = {name: np.zeros((n, 28, 28, 3), np.uint8) for name, n in (("x_train", 8), ("x_test", 4))}
+    np.savez(tmp_path / "other.npz", **arrays(**images))
+    return ["--data", "NpzDataModule", "--data.path", "other.npz", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_evaluating_on_data_that_does_not_fit(refused, trained, other_images, command):
+    told = f"LitLeNet5 cannot {command} on this data: "
+    refused([command, "--run_dir", trained, *other_images], told, "shapes cannot be multiplied")
+
+
+def test_going_on_with_data_that_does_not_fit(refused, trained, other_images, tmp_path, capsys):
+    """The steps of the checkpoint are not the run's own: without ``has_stepped`` a traceback, and files that stay."""
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    told, longer = "LitLeNet5 cannot train on this data: ", ["--trainer.max_epochs", "2"]
+    refused([*QUICK, *other_images, *longer, "--ckpt_path", checkpoint, "--run_dir", "new"], told)
+    shutil.copytree(trained, tmp_path / "run")
+    assert main(["fit", "--resume", "run", "--resume_reset", *other_images, *longer]) == 2
+    assert_short(capsys.readouterr().err, told)
 
 
 def test_nothing_to_predict(refused, trained):

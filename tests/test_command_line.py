@@ -191,6 +191,12 @@ def test_no_recipe_is_needed_where_model_and_data_are_named(tmp_path):
     assert config["seed_everything"] == 0
 
 
+def test_an_accelerator_is_a_class(capsys):
+    fit(*SMALL, "--trainer.accelerator.class_path", "CPUAccelerator")
+    assert main(["fit", *SMALL, "--trainer.accelerator", "CPUAccelerator"]) == 2
+    assert "for a class: --trainer.accelerator.class_path CPUAccelerator" in capsys.readouterr().err
+
+
 def test_what_every_run_gets_can_be_switched_off(tmp_path):
     off = ["--metrics_csv", "false", "--best_checkpoint", "false", "--last_checkpoint", "false"]
     assert files(fit(*SMALL, *off, run_dir="off")) == ["config.yaml"]

@@ -638,6 +638,17 @@ def test_a_checkpoint_of_the_runs_own_name_is_refused(tmp_path, capsys):
         assert not Path("run").exists()
 
 
+def test_a_checkpoint_of_the_runs_own_name_beside_another_logger(tmp_path, capsys):
+    """Without a ``dirpath`` it is written into that logger's folder."""
+    words = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "."]
+    words += ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename", "best"]
+    assert main(["fit", *SMALL, *words, "--trainer.callbacks.dirpath", "run/checkpoints", "--run_dir", "run"]) == 2
+    assert "ModelCheckpoint writes best.ckpt" in capsys.readouterr().err
+    assert not Path("run").exists()
+    run = fit(*SMALL, *words, "--trainer.max_epochs", "1")
+    assert len(list(run.rglob("best.ckpt"))) == 2
+
+
 def test_a_best_loss_checkpoint_of_ones_own_takes_the_place_of_the_runs(tmp_path):
     """Beside it the run's own writes the same files, by another loss."""
     callback = ["--trainer.callbacks+=BestLossCheckpoint", "--trainer.callbacks.monitor", "train/loss"]
@@ -876,6 +887,29 @@ def test_a_config_of_a_run_that_was_edited(command, tmp_path, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(content))
     more = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"]
     assert main([*command, *(more if command[0] == "fit" else [])]) == 0
+
+
+@pytest.mark.parametrize(
+    ("edits", "told"),
+    [
+        (
+            {"lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1}}},
+            "model.lr_scheduler.class_path torch.optim.lr_scheduler.StepLR: the run to resume has None",
+        ),
+        ({"automatic_optimization": False}, "model.automatic_optimization False: the run to resume has True"),
+        ({"activation": "relu"}, "model.activation relu: the run to resume has tanh"),
+        ({}, "seed_everything 7: the run to resume has 0"),
+    ],
+)
+def test_an_edit_of_a_run_counts_as_typed(edits, told, tmp_path, capsys):
+    """Held against config.yaml alone, which has it, the run goes on with another net or seed without a word."""
+    run = fit(*SMALL, "--trainer.max_epochs", "1")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["model"]["init_args"] |= edits
+    content |= {} if edits else {"seed_everything": 7}
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_process_of_another_rank_takes_the_run_of_rank_0(tmp_path, monkeypatch):

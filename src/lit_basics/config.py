@@ -120,13 +120,14 @@ class Config(LightningCLI):
                     if name != "ckpt_path" and self.config[name] and not typed:
                         raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
                 seed = self.config.seed_everything
-                if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+                if type(seed) is int and not 0 <= seed < 2**32:
                     raise UserError(f"seed_everything is {seed}; it must be from 0 to {2**32 - 1}")
                 check_trainer(self.config.trainer)
                 for key, value in self.config.items():
                     if isinstance(value, float) and math.isnan(value):
                         raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
                 reset_unwritten(self.config, written_keys(args, self.config), {})
+                check_nulls(parser, self.config)
                 if printed:
                     print(self.to_yaml(), end="")
                     raise SystemExit(0)
@@ -306,6 +307,15 @@ def reset_unwritten(config: jsonargparse.Namespace, written: set[str], defaults:
             reset_unwritten(value.init_args, written, inner_defaults, inner)
 
 
+def check_nulls(parser: jsonargparse.ArgumentParser, config: jsonargparse.Namespace) -> None:
+    """Raise jsonargparse's error if a key is null that cannot be: in a file it takes null for "not given"."""
+    jsonargparse.set_parsing_settings(unset_sentinel=True)  # something else stands for that
+    try:
+        parser.validate(config)
+    finally:
+        jsonargparse.set_parsing_settings(unset_sentinel=False)
+
+
 def check_trainer(settings: Any) -> None:
     """Refuse, before anything is written, a Trainer that cannot be made on this machine.
 
@@ -334,8 +344,10 @@ def check_trainer(settings: Any) -> None:
     for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         if isinstance(settings[key], int) and settings[key] < 1:
             raise UserError(f"trainer.{key} is {settings[key]}; it must be at least 1")
+    if not isinstance(settings.accelerator, str):
+        return
     wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])
-    if isinstance(settings.accelerator, str) and not set(wanted) & set(found):
+    if not set(wanted) & set(found):
         raise UserError(
             f"trainer.accelerator is {settings.accelerator}, but torch finds none on this machine; "
             f"it can be {' or '.join(found)}: --trainer.accelerator {found[0]}"
@@ -404,7 +416,8 @@ def config_path(name: str) -> Path:
     if not is_path:
         path = recipe_path(name)
     elif not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        other = "is a pipe or a device; save it to a file first" if path.exists() else "does not exist"
+        what = "is a folder" if path.is_dir() else other
         close = difflib.get_close_matches(name, [str(file) for file in path.parent.glob("*.y*ml")], n=1)
         close = close or difflib.get_close_matches(path.stem, all_names(), n=1)
         raise UserError(f"--config {name}: the file {what}{f'; did you mean {close[0]!r}?' if close else ''}")

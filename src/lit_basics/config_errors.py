@@ -152,12 +152,12 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
 
     # argument --run_dir: expected one argument
     if match := re.match(r"argument (?:\S*/)?(--\S+): expected", reason):
-        return f"{match[1]} needs a value"
+        return _without_value(match[1], args)
 
     # Expected a <class 'int'> or Expected a typing.Literal['tanh', 'relu']
     if kinds := _kinds(problem.reasons):
         value = problem.value if len(problem.value) <= 80 else problem.value[:77] + "..."
-        value = value or "empty"
+        value = {"": "empty", "None": "null"}.get(value, value)
         if "str" in kinds and value[0] in "[{" and not place:  # such as: run: 1
             return f"{key} is read as YAML, {value}; a --config file takes it as text, in quotes"
         return f"{key} is {value}{place}; it must be {' or '.join(kinds)}"
@@ -229,6 +229,8 @@ def _kinds(reasons: list[str]) -> list[str]:
             r"(?:Not a valid subclass of|Expected an instantiatable class, but) (?:\w+\.)*(\w+)", reason
         ):
             kinds += [] if kinds else [f"a class of {match[1]}s, or class_path and init_args"]
+        elif reason.startswith("Expected an import path or a subclass spec"):
+            kinds.append("a class, or class_path and init_args")
         elif match := re.match(r"Expected (.+)", reason):
             kinds.append(match[1])
     return list(dict.fromkeys(kinds))
@@ -236,11 +238,31 @@ def _kinds(reasons: list[str]) -> list[str]:
 
 def _place(key: str, args: list[str]) -> str:
     """Return " (in FILE)" if the key is not typed but stands in a config file; the last file counts."""
-    if not key or any(word.partition("=")[0].rstrip("+") == f"--{key}" for word in args):
+    if not key or _is_typed(key, args):
         return ""
     parts = key.split(".")
     holding = [file for file in config_names(args) if _holds(yaml.safe_load(Path(file).read_text()), parts)]
     return f" (in {holding[-1]})" if holding else ""
+
+
+def _is_typed(key: str, args: list[str]) -> bool:
+    """Return whether a key is an option of its own, or may be part of one's value, such as ``--data {...}``."""
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        name = name.rstrip("+").replace(".init_args", "")
+        is_part = f"--{key}".startswith(f"{name}.") and (value if equals else following).startswith(("{", "["))
+        if name == f"--{key}" or is_part:
+            return True
+    return False
+
+
+def _without_value(option: str, args: list[str]) -> str:
+    """Return what to say of an option without a value; jsonargparse names a class's by its first part, ``--data``."""
+    for word, following in zip(args, [*args[1:], "-"], strict=True):
+        if f"{word}.".startswith(f"{option}.") and following.startswith("-"):
+            is_number = re.match(r"-\.?\d", following)
+            return f"{word} needs a value{f'; {following} is one after =: {word}={following}' if is_number else ''}"
+    return f"{option} needs a value"
 
 
 def _holds(content: Any, parts: list[str]) -> bool:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_basics.config import Config, read_config
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, first_line, own_frames, shortened
 from lit_basics.files import replace_file
 from lit_basics.run_directory import check_writable
 from lit_basics.trainers import new_trainer, with_durable_checkpoints, with_progress_bar
@@ -60,9 +60,10 @@ def evaluate(command: str, args: list[str]) -> None:
         evaluate_method = trainer.validate if command == "validate" else trainer.test
         evaluate_method(config.model, **known, verbose=False)
     except Exception as error:  # a file that lacks a part ends Lightning's load in many kinds
-        if loaded or not is_restoring(error):
-            raise
-        raise of_another_model(path, config.model, error) from error
+        if not loaded and is_restoring(error):
+            raise of_another_model(path, config.model, error) from error
+        check_data_fits(config.model, error, command)
+        raise
     if trainer.is_global_zero:
         batches = trainer.num_val_batches if command == "validate" else trainer.num_test_batches
         if not any(batches):
@@ -71,6 +72,14 @@ def evaluate(command: str, args: list[str]) -> None:
             print(f"{type(config.model).__name__} logs no metric")
         for name, value in sorted(trainer.callback_metrics.items()):
             print(f"{name} {value:.6g}")
+
+
+def check_data_fits(model: pl.LightningModule, error: Exception, command: str) -> None:
+    """Raise a UserError in the place of torch's, where a model of ours does not take the data that it was given."""
+    ours = type(model).__module__.startswith("lit_basics.")
+    if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError) and not own_frames(error):
+        reason = shortened(first_line(error))
+        raise UserError(f"{type(model).__name__} cannot {command} on this data: {reason}") from error
 
 
 class _EndsOnSigterm(pl.Callback):

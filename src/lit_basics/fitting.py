@@ -18,8 +18,8 @@ from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError
 from lit_basics.callbacks.preemption import Preempted, let_launcher_leave
 from lit_basics.config import PRINT, Config, read_config, written_keys
-from lit_basics.errors import UserError, first_line, own_frames, shortened
-from lit_basics.evaluating import checkpoint_path
+from lit_basics.errors import UserError, first_line
+from lit_basics.evaluating import check_data_fits, checkpoint_path
 from lit_basics.recipes import recipe_names
 from lit_basics.resuming import (
     OPTIMIZER,
@@ -27,7 +27,7 @@ from lit_basics.resuming import (
     check_changes,
     find_run,
     flat,
-    trained_optimizer,
+    trained_by,
 )
 from lit_basics.run_directory import (
     PATIENCE,
@@ -38,7 +38,7 @@ from lit_basics.run_directory import (
     remove_traces,
     share,
 )
-from lit_basics.run_files import has_trained
+from lit_basics.run_files import has_stepped, has_trained
 from lit_basics.soft_loggers import finish_wandb
 from lit_basics.trainers import make_trainer
 from lit_basics.weights import is_restoring, load_weights
@@ -101,12 +101,10 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
             reason = f"{type(error).__name__}: {first_line(error)[:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
-        if not config.resumed and not _has_stepped(trainer):
+        if trainer is None or not has_stepped(trainer):
             remove_traces(made)
-            ours = trainer is not None and type(config.model).__module__.startswith("lit_basics.")
-            if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError) and not own_frames(error):
-                reason = shortened(first_line(error))
-                raise UserError(f"{type(config.model).__name__} cannot train on this data: {reason}") from error
+            if trainer is not None:
+                check_data_fits(config.model, error, "train")
         raise
     finally:
         finish_wandb(trainer.loggers if trainer is not None else [], failed)
@@ -143,14 +141,6 @@ def _why_nothing_was_left(trainer: pl.Trainer) -> str:
         return f"max_time is used up at step {trainer.global_step}; {longer}"
     longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
     return f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
-
-
-def _has_stepped(trainer: pl.Trainer | None) -> bool:
-    """Return whether this run has made a step; that of a ``--ckpt_path`` is not this run's."""
-    if trainer is None or not has_trained(trainer):
-        return False
-    # a module that steps its optimizer past Lightning has no global_step
-    return bool(trainer.global_step > 0 or trainer.fit_loop.total_batch_idx > 0)
 
 
 def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
@@ -199,8 +189,7 @@ def _resumed(args: list[str], resume: str, run_dir: str | None, directory: Path,
     config.drop_repeated(saved)
     now = config.to_dict()
     written = written_keys(words, config.config)
-    # which may be older than what was typed since, or than an edit of config.yaml
-    trained = {**flat(saved), **trained_optimizer(checkpoint)}
+    trained = trained_by(checkpoint, saved)
     config.optimizer_arguments = check_changes(trained, now, config.config.resume_reset, written)
     tell_of_unread(typed, flat(now), directory, chosen=resume != "auto" or run_dir is not None)
     if config.config.ckpt_path is not None:

@@ -156,9 +156,16 @@ def trained_config(checkpoint: Path) -> dict[str, Any]:
     return flat(yaml.safe_load(load_checked(checkpoint).get(CONFIG) or "{}"))
 
 
-def trained_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """Return the optimizer that a checkpoint was trained by, with its arguments, by dotted keys."""
-    return {key: value for key, value in trained_config(checkpoint).items() if key.startswith(OPTIMIZER_CLASS)}
+def trained_by(checkpoint: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration with the model and the seed that its checkpoint says, by dotted keys.
+
+    Args:
+        checkpoint: The file, which may be older than what was typed since, or than an edit of config.yaml.
+        saved: What config.yaml holds.
+    """
+    state, trained = ("model.", "seed_everything"), trained_config(checkpoint)
+    own = {key: value for key, value in trained.items() if key.startswith(state)}
+    return {key: value for key, value in flat(saved).items() if not (own and key.startswith(state))} | own
 
 
 def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]:

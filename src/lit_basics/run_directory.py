@@ -55,7 +55,7 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
                 directory.mkdir(parents=True, exist_ok=chosen is not None)
                 break
             except FileExistsError:
-                if chosen is not None:
+                if chosen is not None or not directory.parent.is_dir():  # a link to what is gone
                     raise
                 count += 1
                 directory = stamp.with_name(f"{stamp.name}-{count}")

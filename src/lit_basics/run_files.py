@@ -23,6 +23,7 @@ class RunFiles(pl.Callback):
     def __init__(self, config: Config, directory: Path) -> None:
         self.config, self.directory = config, directory
         self.written = False
+        self.first_step = self.first_batch = 0
         self._text = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -45,6 +46,7 @@ class RunFiles(pl.Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
         self.written = True
+        self.first_step, self.first_batch = trainer.global_step, trainer.fit_loop.total_batch_idx + 1
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -56,6 +58,14 @@ class RunFiles(pl.Callback):
 def has_trained(trainer: pl.Trainer) -> bool:
     """Return whether a training has begun, and not only its Trainer been made."""
     return any(isinstance(c, RunFiles) and c.written for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def has_stepped(trainer: pl.Trainer) -> bool:
+    """Return whether a training has made a step; those of the checkpoint that it goes on from are not its own."""
+    files = next(c for c in trainer.callbacks if isinstance(c, RunFiles))  # type: ignore[attr-defined]
+    # a module that steps its optimizer past Lightning has no global_step
+    beyond = trainer.global_step > files.first_step or trainer.fit_loop.total_batch_idx > files.first_batch
+    return bool(files.written and beyond)
 
 
 def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) -> None:

@@ -37,8 +37,10 @@ def make_trainer(config: Config, directory: Path) -> pl.Trainer:
     callbacks = with_guard(config, arguments["callbacks"])
     if arguments["enable_checkpointing"] is not False:
         checkpoints = str(directory / "checkpoints")
-        if len(loggers) <= config.config.metrics_csv:  # else ModelCheckpoint writes into the first logger's folder
-            check_own_checkpoints(config, callbacks, directory)
+        # without a dirpath, ModelCheckpoint writes into the folder of the first other logger
+        others = len(loggers) > config.config.metrics_csv
+        here = [callback for callback in callbacks if not others or getattr(callback, "dirpath", None)]
+        check_own_checkpoints(config, here, directory)
         best = [callback for callback in callbacks if isinstance(callback, BestLossCheckpoint)]
         for callback in best:
             callback.default_to(checkpoints, str(directory / "best.pth"))
