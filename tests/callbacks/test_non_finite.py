@@ -921,6 +921,20 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
     assert assert_files_are_finite(tmp_path) > 0
 
 
+def test_a_subclass_may_add_to_a_hook_that_lightning_passes_over():
+    class Counts(NonFiniteGuard):
+        batches = 0
+
+        def on_after_backward(self, trainer, pl_module):
+            super().on_after_backward(trainer, pl_module)
+            self.batches += 1
+
+    guard = Counts()
+    trainer(guard).fit(Foreign(), batches(4))
+    assert guard.batches == 8
+    assert guard.on_before_zero_grad is None  # what Lightning can call costs time
+
+
 def test_with_float64_as_the_default():
     torch.set_default_dtype(torch.float64)
     try:

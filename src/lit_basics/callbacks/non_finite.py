@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lit_basics.callbacks.gradients import GradientMonitor
 from lit_basics.errors import UserError
 from lit_basics.finite import are_finite, holds, is_finite, norms_of
+from lit_basics.hooks import skip_empty_hooks
 from lit_basics.nested import tensors_in
 from lit_basics.recording import compute_logged, recorder_of
 from lit_basics.steps import accumulating
@@ -89,9 +90,6 @@ class NonFiniteGuard(pl.Callback):
         UserError: If ``policy`` is unknown, ``budget`` below 0 or ``every_n_batches`` below 1.
     """
 
-    # Lightning enters its profiler for every hook of every callback, also for an empty one: 2 µs each
-    on_train_batch_start = on_before_zero_grad = on_after_backward = None  # type: ignore[assignment]
-
     def __init__(self, policy: Policy = "stop", budget: int = 10, every_n_batches: int = 100) -> None:
         if policy not in ("stop", "skip", "rollback"):
             raise UserError(f"policy is {policy!r}; it must be 'stop', 'skip' or 'rollback'")
@@ -102,6 +100,7 @@ class NonFiniteGuard(pl.Callback):
         self.policy, self.budget, self.every_n_batches = policy, budget, every_n_batches
         self._found = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._begin()
+        skip_empty_hooks(self)
 
     def _begin(self) -> None:
         self.faults = 0
