@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_basics import (
@@ -919,6 +920,16 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
             expected.append(f"{rank} {kind} stop 6 True 0 loss is nan at step 5 ({what})")
     assert lines == expected
     assert assert_files_are_finite(tmp_path) > 0
+
+
+def test_optimizers_on_two_gpus():
+    """By torch's stand-ins for tensors of GPUs, which have no numbers: only to look at them is refused."""
+    guard = NonFiniteGuard()
+    with FakeTensorMode():
+        losses, norms = [torch.ones((), device="cuda:0")], torch.ones(2, dtype=torch.float64, device="cuda:1")
+        guard._steps = [non_finite._Step(1, [], [], torch.zeros(0)), non_finite._Step(2, losses, [], norms)]
+        with pytest.raises(DataDependentOutputException):
+            guard._fault_of_steps(None, None)
 
 
 def test_a_subclass_may_add_to_a_hook_that_lightning_passes_over():

@@ -307,8 +307,9 @@ class NonFiniteGuard(pl.Callback):
     def _fault_of_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Fault | None:
         """Look at the losses and norms that were kept, all in one transfer."""
         steps, self._steps = self._steps, []
-        values = [v.flatten().to(step.norms.dtype) for step in steps for v in (*step.losses, step.norms) if v.numel()]
-        if not values or bool(torch.isfinite(torch.cat(values)).all()):
+        values = [v.flatten() for step in steps for v in (*step.losses, step.norms) if v.numel()]
+        # the parameters of two optimizers may be on two devices
+        if not values or bool(torch.isfinite(torch.cat([v.to(values[0].device) for v in values])).all()):
             return None
         for step in steps:
             finite = torch.isfinite(step.norms).tolist()
