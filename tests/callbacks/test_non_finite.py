@@ -781,6 +781,46 @@ def test_a_rollback_without_an_optimizer_of_lightnings():
     assert_finite(module.state_dict(), "module")
 
 
+class ByHand(pl.LightningModule):
+    """Somebody's module, which makes a step of three batches by hand; those in ``bad`` are NaN, as is batch-norm then."""
+
+    def __init__(self, bad=()):
+        super().__init__()
+        self.net, self.bad = Faulty().net, bad
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0] * math.nan if batch_idx in self.bad else batch[0]
+        self.manual_backward((self.net(x) - batch[1]).square().mean())
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.filterwarnings(WARNINGS)
+@pytest.mark.parametrize(("bad", "kept"), [(7, 6), (1, 1)])
+def test_a_step_that_is_accumulated_by_hand_is_skipped_with_its_buffers(bad, kept):
+    """The batch-norm of after the NaN, and before the step, is not what the skip goes back to."""
+    guard, module = NonFiniteGuard("skip", every_n_batches=4), ByHand({bad})
+    trainer(guard).fit(module, batches(12))
+    assert guard.faults == 1
+    loop = ByHand()
+    optimizer = loop.configure_optimizers()
+    for index, (x, y) in enumerate(batches(12)):
+        if index // 3 == bad // 3:
+            if index < kept:  # of the first step, before global_step tells how the module makes its steps
+                loop.net(x)
+            continue
+        (loop.net(x) - y).square().mean().backward()
+        if index % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(module.state_dict(), loop.state_dict())
+
+
 class EachSample(Foreign):
     """Two optimizers by hand, of a loss for each sample."""
 

@@ -201,9 +201,10 @@ class NonFiniteGuard(pl.Callback):
         """
         if self._undo:
             self._roll_back(trainer, pl_module)
-        if self._stepped or not accumulating(trainer):  # a module may step its optimizer past Lightning
+        # not amid a step, also one of several batches by hand; global_step stays 0 where it is made past Lightning
+        if self._stepped or not (trainer.global_step or accumulating(trainer)):
             self._check_if_due(trainer, pl_module)
-            if self._buffers:
+            if self._buffers and (self._stepped or are_finite(self._live_buffers(pl_module).values())):
                 self._keep_buffers(pl_module)
         self._stepped = False
 
