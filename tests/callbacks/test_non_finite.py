@@ -782,7 +782,7 @@ def test_a_rollback_without_an_optimizer_of_lightnings():
 
 
 class ByHand(pl.LightningModule):
-    """Somebody's module, which makes a step of three batches by hand; those in ``bad`` are NaN, as is batch-norm then."""
+    """Somebody's module, which makes a step of three batches by hand; one in ``bad`` turns batch-norm into NaN."""
 
     def __init__(self, bad=()):
         super().__init__()
