@@ -207,6 +207,25 @@ def test_a_row_before_the_file_is_cut_back_takes_no_other_away(tmp_path):
     assert path.read_text().split() == ["step,a,size", "1,1.0,", "2,2.0,", "3,3.0,", "4,4.0,7.0", "5,5.0,"]
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_comes_much_too_late_is_in_its_place_in_the_end(killed, tmp_path):
+    """As of a GAN: two steps a batch, and what the module logs counts batches."""
+    log = MetricsCSV(tmp_path / "metrics.csv")
+    for batch in range(350):
+        for step in (2 * batch + 1, 2 * batch + 2):
+            log.log_metrics({"grad/norm": float(step)}, step)
+        log.log_metrics({"loss": float(-batch)}, batch)
+    if killed:
+        log._file.close()
+        log = MetricsCSV(tmp_path / "metrics.csv", resume=True)
+        log.cut_back(700)
+    log.finalize("success")
+    rows = metrics(tmp_path)
+    assert list(rows) == list(range(701))
+    for step, row in rows.items():
+        assert row == ({"grad/norm": step} if step else {}) | ({"loss": -step} if step < 350 else {})
+
+
 class Killed(BaseException):
     pass
 

@@ -5,6 +5,7 @@ import copy
 import io
 import itertools
 import os
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -155,7 +156,10 @@ class DurableCheckpointIO(CheckpointIO):
         self._written.pop(Path(path), None)
         self._finish_write()
         for file in (Path(path), previous_path(Path(path)), checksum_path(Path(path))):
-            file.unlink(missing_ok=True)
+            if file.is_dir():  # which a strategy has saved in shards, past this
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
 
     def teardown(self) -> None:
         """Write what is held; called by the Trainer at its end, also after an exception."""

@@ -27,11 +27,13 @@ class MetricsCSV(Logger):
     written again when something comes late. A new key adds a column: the whole file is then rewritten.
     (What a module logs by Lightning's ``log`` has Lightning's number, one less than the step it belongs to.)
 
-    It is of one run: a step that is older than the newest 256 rows gets a row before them, out of order.
+    It is of one run: a step that is older than the newest 256 rows gets a row before them, which the end of the run
+    puts in its place. Where several optimizers step for each batch, what Lightning's ``log`` brings is of that kind.
 
     Args:
         path: The file.
-        resume: Whether to go on in a file that is there instead, which :meth:`cut_back` shortens.
+        resume: Whether to go on in a file that is there instead; before a fit, call :meth:`cut_back` with the
+            checkpoint's ``global_step``, as the command line does.
     """
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
@@ -41,6 +43,7 @@ class MetricsCSV(Logger):
         self._keys: list[str] = []
         self._file: FileIO | None = None
         self._end = 0  # the file's length
+        self._late = False  # some row is not in its place
         self._tail: list[tuple[int, dict[str, float], int]] = []  # (step, row, offset) of the newest rows
 
     @property
@@ -68,6 +71,7 @@ class MetricsCSV(Logger):
         place = bisect.bisect_left(self._tail, step, key=lambda row: row[0])
         start = self._tail[place][2] if place < len(self._tail) else self._end
         later = self._tail[place:]
+        self._late |= place == 0 and len(later) == TAIL and step < later[0][0]
         del self._tail[place:]
         if later and later[0][0] == step:
             row = later.pop(0)[1] | row
@@ -87,7 +91,7 @@ class MetricsCSV(Logger):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:  # the disk is full: leave only whole rows
             with contextlib.suppress(OSError):
-                self.finalize("")
+                self._file.close()
             self._file = None
             os.truncate(self.path, start)
             raise
@@ -97,7 +101,6 @@ class MetricsCSV(Logger):
     def cut_back(self, step: int) -> None:
         """Drop the rows after ``step`` of a file that was to be resumed: they are made again."""
         if self._resume and self.path.is_file():
-            self.finalize("")
             self._rewrite([row for row in self._read() if int(row[0]) <= step])
 
     @rank_zero_only
@@ -106,7 +109,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the file."""
+        """Put rows that came late in their places, and close the file."""
+        if self._late:
+            self._rewrite(self._read())
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -116,21 +121,28 @@ class MetricsCSV(Logger):
             return
         rows: list[list[str]] = []
         if self._keys or (self._resume and self.path.is_file()):  # somebody may log before it is cut back
-            self.finalize("")
             rows = self._read()
         new = [key for key in new if key not in self._keys]
         self._keys += new
         self._rewrite([[*row, *[""] * len(new)] for row in rows])
 
     def _read(self) -> list[list[str]]:
-        """Return the whole rows of the file, whose keys are from now on the logger's."""
+        """Return the file's rows in order, one for each step; its keys are from now on the logger's."""
         with self.path.open(newline="") as file:
             header, *rows = [*csv.reader(file)] or [["step"]]
         self._keys = header[1:]
         # a kill may have left half a row at the end
-        return [row for row in rows if len(row) == len(header) and row[0].isdigit()]
+        steps: dict[int, list[str]] = {}
+        for row in rows:
+            if len(row) == len(header) and row[0].isdigit():
+                there = steps.get(int(row[0]), row)
+                steps[int(row[0])] = [new or old for new, old in zip(row, there, strict=True)]
+        return [steps[step] for step in sorted(steps)]
 
     def _rewrite(self, rows: list[list[str]]) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._late = None, False
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", *self._keys])

@@ -1,6 +1,8 @@
 """BestLossCheckpoint and LastCheckpoint; the tutorial's mistakes are tested with system E."""
 
 import json
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -629,3 +631,76 @@ def test_a_moved_run_names_its_own_best(tmp_path, capsys):
     capsys.readouterr()
     assert main(["fit", "--resume", "moved"]) == 0  # it makes no step
     assert "moved/checkpoints/best.ckpt (train/loss " in capsys.readouterr().out
+
+
+RANKS = """
+import json, os, sys, warnings, torch, lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from lit_basics import BestLossCheckpoint, DurableCheckpointIO
+torch.set_num_threads(1)
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.asked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), 0
+        self.net.register_state_dict_pre_hook(self.ask)
+
+    def ask(self, *_):
+        self.asked += 1  # here FullyShardedDataParallel waits for all ranks
+
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=2)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch).square().mean()
+        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+sharded, folder = sys.argv[1] == "sharded", sys.argv[2]
+strategy = ModelParallelStrategy(save_distributed_checkpoint=sharded, process_group_backend="gloo")
+other = ModelCheckpoint(folder, "other-{epoch}", "train/loss")
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=3, logger=False,
+                     callbacks=[BestLossCheckpoint(folder), other], plugins=[DurableCheckpointIO()],
+                     enable_progress_bar=False, enable_model_summary=False)
+module = Module()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    trainer.fit(module)
+told = [str(warning.message) for warning in caught if "best.pth" in str(warning.message)]
+with open(f"{folder}/{trainer.global_rank}.json", "w") as file:
+    json.dump([module.asked, told], file)
+os._exit(0)  # gloo's threads may abort Python's own exit
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_weights_that_are_shared_out_over_ranks(kind, tmp_path):
+    """Shards are no plain weights; of the whole ones rank 0 alone has any, and no other may ask the net for them."""
+    script, folder = tmp_path / "ranks.py", tmp_path / "checkpoints"
+    script.write_text(RANKS)
+    folder.mkdir()
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, script, kind, folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (asked, told), others = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert others == [asked, []]
+    # of the checkpoints of another callback, of which it keeps one, the older are removed, files or folders
+    assert [path.name for path in folder.glob("other-*.ckpt")] == ["other-epoch=2.ckpt"]
+    if kind == "sharded":
+        assert told == ["no best.pth: the weights are saved in shards; best.ckpt has them"]
+        assert not (folder / "best.pth").exists()
+    else:
+        assert told == []
+        weights = torch.load(folder / "best.pth", weights_only=True)
+        assert list(weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+        assert all(type(value) is torch.Tensor for value in weights.values())

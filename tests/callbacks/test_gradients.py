@@ -6,6 +6,7 @@ import torch
 from helpers import Rows, quiet_trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lit_basics import GradientMonitor, UserError, ValueMonitor
 from lit_basics.callbacks.gradients import gradient_norms
@@ -138,3 +139,10 @@ def test_norms_of_sparse_complex_and_half_precision_gradients():
     exact = torch.tensor([1 + 2.0**-40], dtype=torch.float64)
     assert gradient_norms([exact])[1] == exact.item()
     assert gradient_norms([half, exact])[2] == exact.item()
+
+
+def test_gradients_on_two_gpus():
+    """By torch's stand-ins for tensors of GPUs."""
+    with FakeTensorMode():
+        norms = gradient_norms([torch.ones(2, device="cuda:0"), torch.ones(3, device="cuda:1")])
+    assert (norms.shape, norms.device) == ((3,), torch.device("cuda:0"))

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnException
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_basics import (
@@ -780,6 +781,46 @@ def test_a_rollback_without_an_optimizer_of_lightnings():
     assert_finite(module.state_dict(), "module")
 
 
+class ByHand(pl.LightningModule):
+    """Somebody's module, which makes a step of three batches by hand; one in ``bad`` turns batch-norm into NaN."""
+
+    def __init__(self, bad=()):
+        super().__init__()
+        self.net, self.bad = Faulty().net, bad
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0] * math.nan if batch_idx in self.bad else batch[0]
+        self.manual_backward((self.net(x) - batch[1]).square().mean())
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+@pytest.mark.filterwarnings(WARNINGS)
+@pytest.mark.parametrize(("bad", "kept"), [(7, 6), (1, 1)])
+def test_a_step_that_is_accumulated_by_hand_is_skipped_with_its_buffers(bad, kept):
+    """The batch-norm of after the NaN, and before the step, is not what the skip goes back to."""
+    guard, module = NonFiniteGuard("skip", every_n_batches=4), ByHand({bad})
+    trainer(guard).fit(module, batches(12))
+    assert guard.faults == 1
+    loop = ByHand()
+    optimizer = loop.configure_optimizers()
+    for index, (x, y) in enumerate(batches(12)):
+        if index // 3 == bad // 3:
+            if index < kept:  # of the first step, before global_step tells how the module makes its steps
+                loop.net(x)
+            continue
+        (loop.net(x) - y).square().mean().backward()
+        if index % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(module.state_dict(), loop.state_dict())
+
+
 class EachSample(Foreign):
     """Two optimizers by hand, of a loss for each sample."""
 
@@ -919,6 +960,30 @@ def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
             expected.append(f"{rank} {kind} stop 6 True 0 loss is nan at step 5 ({what})")
     assert lines == expected
     assert assert_files_are_finite(tmp_path) > 0
+
+
+def test_optimizers_on_two_gpus():
+    """By torch's stand-ins for tensors of GPUs, which have no numbers: only to look at them is refused."""
+    guard = NonFiniteGuard()
+    with FakeTensorMode():
+        losses, norms = [torch.ones((), device="cuda:0")], torch.ones(2, dtype=torch.float64, device="cuda:1")
+        guard._steps = [non_finite._Step(1, [], [], torch.zeros(0)), non_finite._Step(2, losses, [], norms)]
+        with pytest.raises(DataDependentOutputException):
+            guard._fault_of_steps(None, None)
+
+
+def test_a_subclass_may_add_to_a_hook_that_lightning_passes_over():
+    class Counts(NonFiniteGuard):
+        batches = 0
+
+        def on_after_backward(self, trainer, pl_module):
+            super().on_after_backward(trainer, pl_module)
+            self.batches += 1
+
+    guard = Counts()
+    trainer(guard).fit(Foreign(), batches(4))
+    assert guard.batches == 8
+    assert guard.on_before_zero_grad is None  # what Lightning can call costs time
 
 
 def test_with_float64_as_the_default():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import SaveEverywhere, assert_equal, quiet_trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -134,6 +135,56 @@ def test_states_that_no_training_took_are_not_those_of_the_next_fit(fails, tmp_p
     torch.manual_seed(7)
     train(RandomState())
     assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize(
+    ("finder", "settings"),
+    [("lr_find", {"num_training": 3, "update_attr": False}), ("scale_batch_size", {"max_trials": 1})],
+)
+def test_a_search_is_not_put_back_after_a_later_seed(finder, settings):
+    """Lightning ends it without ``on_fit_end``; what it had drawn from came back where the fit began."""
+
+    def drawn(searches):
+        module = LitClassifier(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10)))
+        fitted, before = quiet_trainer(RandomState()), torch.get_rng_state()
+        if searches:
+            getattr(Tuner(fitted), finder)(module, datamodule=images(), **settings)
+            assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(7)
+        fitted.fit(module, datamodule=images())
+        return torch.rand(3)
+
+    assert torch.equal(drawn(True), drawn(False))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_a_module_draws_when_training_starts_is_drawn_before_the_restore(fails, tmp_path):
+    class Noise(LitClassifier):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10)))
+
+        def on_train_start(self):
+            self.noise = torch.randn(3)
+
+    class Fails(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise ValueError("as training starts")
+
+    def train(checkpoint=None, callbacks=()):
+        torch.manual_seed(0)
+        module, fitted = Noise(), quiet_trainer(RandomState(), *callbacks, enable_checkpointing=checkpoint is None)
+        fitted.fit(module, datamodule=images(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        return {**module.state_dict(), "random": torch.get_rng_state()}
+
+    whole = train(callbacks=[SaveEverywhere(tmp_path)])
+    if fails:  # nothing is left behind
+        fitted = quiet_trainer(RandomState(), Fails())
+        with pytest.raises(ValueError, match="as training starts"):
+            fitted.fit(Noise(), datamodule=images(), ckpt_path=tmp_path / "003.ckpt", weights_only=True)
+        assert "on_train_start" not in vars(fitted.strategy)
+    else:
+        assert_equal(train(tmp_path / "003.ckpt"), whole)
+        assert_equal(train(tmp_path / "001.ckpt"), whole)
 
 
 def test_a_batch_that_is_drawn_ahead_is_told_of():

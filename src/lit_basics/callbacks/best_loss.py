@@ -66,6 +66,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         """Whether a run that begins with a checkpoint takes over its record; a new run by command does not."""
         self._missed = False  # a validation came without val/loss
         self._off = False
+        self._sharded = False  # it was told that there is no file of plain weights
 
     @property
     def state_key(self) -> str:
@@ -186,12 +187,8 @@ class BestLossCheckpoint(ModelCheckpoint):
         The plain weights are those of the checkpoint: another callback may have put averages there.
         """
         if self._saving:
-            state = checkpoint["state_dict"]
-            if isinstance(net := getattr(pl_module, "net", None), nn.Module):
-                of_net = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
-                state = of_net or net.state_dict()  # it may be in the module under another name
-            if trainer.is_global_zero:
-                self._held = copied({name.replace("_orig_mod.", ""): value for name, value in state.items()})
+            if trainer.is_global_zero:  # under FSDP the others have nothing, and net.state_dict() would wait for rank 0
+                self._hold_weights(pl_module, checkpoint["state_dict"])
         else:
             self._write_weights()
             if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
@@ -231,6 +228,17 @@ class BestLossCheckpoint(ModelCheckpoint):
 
     def _forget_record(self) -> None:
         self.best_model_score, self.best_k_models, self.kth_value = None, {}, torch.tensor(torch.inf)
+
+    def _hold_weights(self, pl_module: pl.LightningModule, state: dict[str, Any]) -> None:
+        if any(hasattr(value, "to_local") or hasattr(value, "local_shards") for value in state.values()):
+            if not self._sharded:
+                rank_zero_warn(f"no {self.weights_path.name}: the weights are saved in shards; best.ckpt has them")
+            self._sharded = True
+            return
+        if isinstance(net := getattr(pl_module, "net", None), nn.Module):
+            of_net = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+            state = of_net or net.state_dict()  # it may be in the module under another name
+        self._held = copied({name.replace("_orig_mod.", ""): value for name, value in state.items()})
 
     def _write_weights(self) -> None:
         if self._held is None:

@@ -104,5 +104,5 @@ def gradient_norms(grads: Sequence[Tensor]) -> Tensor | list[float]:
     if dense[0].is_cpu:
         numbers = [norm.item() for norm in norms]
         return [math.hypot(*numbers), *numbers]
-    each = torch.stack(norms)
+    each = torch.stack([norm.to(norms[0].device) for norm in norms])
     return torch.cat([torch.linalg.vector_norm(each)[None], each])

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lit_basics.callbacks.gradients import GradientMonitor
 from lit_basics.errors import UserError
 from lit_basics.finite import are_finite, holds, is_finite, norms_of
+from lit_basics.hooks import skip_empty_hooks
 from lit_basics.nested import tensors_in
 from lit_basics.recording import compute_logged, recorder_of
 from lit_basics.steps import accumulating
@@ -89,9 +90,6 @@ class NonFiniteGuard(pl.Callback):
         UserError: If ``policy`` is unknown, ``budget`` below 0 or ``every_n_batches`` below 1.
     """
 
-    # Lightning enters its profiler for every hook of every callback, also for an empty one: 2 µs each
-    on_train_batch_start = on_before_zero_grad = on_after_backward = None  # type: ignore[assignment]
-
     def __init__(self, policy: Policy = "stop", budget: int = 10, every_n_batches: int = 100) -> None:
         if policy not in ("stop", "skip", "rollback"):
             raise UserError(f"policy is {policy!r}; it must be 'stop', 'skip' or 'rollback'")
@@ -102,6 +100,7 @@ class NonFiniteGuard(pl.Callback):
         self.policy, self.budget, self.every_n_batches = policy, budget, every_n_batches
         self._found = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._begin()
+        skip_empty_hooks(self)
 
     def _begin(self) -> None:
         self.faults = 0
@@ -202,9 +201,10 @@ class NonFiniteGuard(pl.Callback):
         """
         if self._undo:
             self._roll_back(trainer, pl_module)
-        if self._stepped or not accumulating(trainer):  # a module may step its optimizer past Lightning
+        # not amid a step, also one of several batches by hand; global_step stays 0 where it is made past Lightning
+        if self._stepped or not (trainer.global_step or accumulating(trainer)):
             self._check_if_due(trainer, pl_module)
-            if self._buffers:
+            if self._buffers and (self._stepped or are_finite(self._live_buffers(pl_module).values())):
                 self._keep_buffers(pl_module)
         self._stepped = False
 
@@ -308,8 +308,9 @@ class NonFiniteGuard(pl.Callback):
     def _fault_of_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> _Fault | None:
         """Look at the losses and norms that were kept, all in one transfer."""
         steps, self._steps = self._steps, []
-        values = [v.flatten().to(step.norms.dtype) for step in steps for v in (*step.losses, step.norms) if v.numel()]
-        if not values or bool(torch.isfinite(torch.cat(values)).all()):
+        values = [v.flatten() for step in steps for v in (*step.losses, step.norms) if v.numel()]
+        # the parameters of two optimizers may be on two devices
+        if not values or bool(torch.isfinite(torch.cat([v.to(values[0].device) for v in values])).all()):
             return None
         for step in steps:
             finite = torch.isfinite(step.norms).tolist()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -82,7 +83,7 @@ class RandomState(pl.Callback):
             return
         if len(self._loaded) == trainer.world_size:
             state = self._loaded[trainer.global_rank]
-            set_generator_states(state, trainer.strategy.root_device)
+            self._restore_last(trainer.strategy, state)
             if state["threads"] != torch.get_num_threads():
                 rank_zero_warn(
                     f"the run had {state['threads']} threads, here are {torch.get_num_threads()}: sums may round "
@@ -95,12 +96,29 @@ class RandomState(pl.Callback):
             loop.reset_restart_stage()
             loop.epoch_loop.restarting = False
 
+    def _restore_last(self, strategy: Strategy, state: dict[str, Any]) -> None:
+        """Set a state after the ``on_train_start`` of the module, which may draw there; the strategy's comes last."""
+
+        def on_train_start() -> None:
+            del vars(strategy)["on_train_start"]
+            strategy.on_train_start()
+            set_generator_states(state, strategy.root_device)
+
+        vars(strategy)["on_train_start"] = on_train_start
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the states if nothing was left to train: they are not those of the next fit."""
         self._loaded, self._loader_states = None, []
+        vars(trainer.strategy).pop("on_train_start", None)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Forget the states of a fit that failed before it trained."""
+        self.on_fit_end(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore the states now if a ``Tuner``, whose searches end without the hooks above, has put them back."""
+        if self._loaded is not None and len(self._loaded) == trainer.world_size:
+            set_generator_states(self._loaded[trainer.global_rank], trainer.strategy.root_device)
         self.on_fit_end(trainer, pl_module)
 
 
