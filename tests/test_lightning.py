@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import Rows, fit, metrics, quiet_trainer
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -189,6 +190,17 @@ def test_what_is_recorded_in_a_validation_is_not_of_the_training(mode):
     fitted = trainer(val_check_interval=2, logger=rows, log_every_n_steps=1)
     fitted.fit(Recording(small_net(), **MODES[mode]), data())
     assert [row["train/mine"] for row in rows.table().values() if "train/mine" in row] == [1.0] * 8
+
+
+def test_a_module_that_records_can_be_tried_without_a_trainer():
+    module, batch = Recording(small_net()), (torch.randn(4, 3, 32, 32), torch.arange(4))
+    expected = nn.functional.cross_entropy(module(batch[0]), batch[1])
+    assert torch.equal(module.compute_loss(batch, 0), expected)
+    assert torch.equal(module.training_step(batch, 0), expected)
+    fabric = Fabric(accelerator="cpu")
+    fabricated = fabric.setup(module)
+    fabric.backward(fabricated.training_step(batch, 0))
+    assert module.net[1].weight.grad.any()
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -510,6 +522,13 @@ def test_arguments_without_a_name_come_back_from_a_checkpoint(kind, tmp_path):
     again = kind.load_from_checkpoint(tmp_path / "a.ckpt")
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(module(x), again(x))
+
+
+def test_a_classifier_takes_metrics_beside_its_accuracy():
+    model = LitClassifier(small_net(), metrics={"top10": MulticlassAccuracy(10, average="micro", top_k=10)})
+    (result,) = trainer().validate(model, data(), verbose=False)
+    assert set(result) == {"val/loss", "val/acc", "val/top10"}
+    assert result["val/top10"] == 1 > result["val/acc"]
 
 
 def test_metrics_that_give_no_one_number_are_refused():

@@ -179,15 +179,16 @@ class LitSupervised(pl.LightningModule):
     def record(self, name: str, value: Tensor) -> None:
         """Log a scalar of this training step without a host sync; ``<name>_epoch`` gets its mean.
 
-        To be called once a step, from ``compute_loss`` or ``training_step``; in a validation it does nothing.
+        To be called once a step, from ``compute_loss`` or ``training_step``; in a validation and without a Trainer it
+        does nothing.
 
         Args:
             name: The metric's key, such as ``train/acc``.
             value: A scalar tensor.
         """
-        trainer = self.trainer
+        trainer = self._trainer  # Lightning's private name: ``trainer`` raises where there is none, as by Fabric
         # trainer.training compares without regard to case, which takes longer than all the rest
-        if trainer.state.stage is RunningStage.TRAINING:
+        if trainer is not None and trainer.state.stage is RunningStage.TRAINING:
             part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
             recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 
@@ -287,14 +288,25 @@ class LitClassifier(LitSupervised):
         net: Maps inputs to logits (N, num_classes).
         num_classes: Number of classes; targets are int64 in [0, num_classes).
         criterion: Another loss of (logits, targets); cross-entropy by default.
+        metrics: As of :class:`LitSupervised`, beside the accuracy ``acc``.
         **kwargs: As :class:`LitSupervised`.
     """
 
     def __init__(
-        self, net: nn.Module, num_classes: int = 10, criterion: nn.Module | None = None, **kwargs: Any
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        criterion: nn.Module | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        **kwargs: Any,
     ) -> None:
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        super().__init__(net=net, criterion=criterion or nn.CrossEntropyLoss(), metrics={"acc": accuracy}, **kwargs)
+        super().__init__(
+            net=net,
+            criterion=criterion or nn.CrossEntropyLoss(),
+            metrics={"acc": accuracy, **(metrics or {})},
+            **kwargs,
+        )
         self.num_classes = num_classes
 
 

@@ -23,7 +23,7 @@ class LitWhitened(LitClassifier):
     Args:
         net: Maps images (N, 3, H, W) to logits (N, num_classes).
         label_smoothing: As for ``nn.CrossEntropyLoss``.
-        **kwargs: As :class:`LitClassifier`.
+        **kwargs: As :class:`LitClassifier`, without ``criterion``.
     """
 
     def __init__(self, net: SpeedNet, label_smoothing: float, **kwargs: Any) -> None:
