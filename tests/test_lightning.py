@@ -539,6 +539,51 @@ def test_metrics_that_give_no_one_number_are_refused():
         trainer().fit(module, data())
 
 
+class OwnMetrics(LitClassifier):
+    """The way of torchmetrics' documentation: the prefix is in the collection."""
+
+    def __init__(self):
+        super().__init__(small_net())
+        self.val_metrics = MetricCollection({"top2": MulticlassAccuracy(10, top_k=2)}, prefix="val/")
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.val_metrics.update(self(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self):
+        self.log_dict(self.val_metrics.compute())
+        self.val_metrics.reset()
+
+
+def test_metrics_of_a_subclass_stand_beside_ours():
+    fitted, module = trainer(), OwnMetrics()
+    fitted.fit(module, data())
+    assert set(fitted.callback_metrics) == {"train/loss", "val/loss", "val/acc", "val/top2"}
+    assert set(module.state_dict()) == {"net.1.weight", "net.1.bias"}
+
+
+class Autoencoder(LitSupervised):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3), nn.MSELoss())
+
+    def compute_loss(self, batch, batch_idx):
+        return self.criterion(self(batch), batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [(torch.rand(4, 3), "a Tensor"), ({"x": torch.rand(4, 3)}, "a dict"), ([torch.rand(4)], "a list of 1")],
+)
+def test_a_batch_that_is_no_pair_is_refused(batch, what):
+    """A tensor is taken apart along its first dimension: one sample is the inputs, another the targets."""
+    loader = DataLoader([batch], batch_size=None)
+    module = LitSupervised(nn.Linear(3, 3), nn.MSELoss())
+    with pytest.raises(UserError, match=rf"a batch is {what}, not .*: override compute_loss of LitSupervised"):
+        trainer(num_sanity_val_steps=0).fit(module, loader, loader)
+    with pytest.raises(UserError, match=rf"a batch is {what}, not .*: override validation_step and test_step of Auto"):
+        trainer().validate(Autoencoder(), loader)
+
+
 class Weighted(LitClassifier):
     def __init__(self, weights, scale=1.0, rates=(), **kwargs):
         super().__init__(small_net(), criterion=nn.CrossEntropyLoss(torch.tensor(weights)), **kwargs)

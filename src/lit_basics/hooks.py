@@ -222,7 +222,7 @@ class TrainingHooks(FlushesRows):
         A validation before the fit, in inference mode, has left them states that cannot be added to in place.
         """
         check_shared_out(trainer, trainer.val_dataloaders)
-        for metric in self.module.val_metrics.values():
+        for metric in self.module._val_metrics.values():
             assert isinstance(metric, Metric)
             metric.reset()
 
@@ -232,11 +232,11 @@ class TrainingHooks(FlushesRows):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/loss`` and ``val/<metric>``."""
-        self._log_evaluation(trainer, "val", self.module.val_metrics)
+        self._log_evaluation(trainer, "val", self.module._val_metrics)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``test/loss`` and ``test/<metric>``."""
-        self._log_evaluation(trainer, "test", self.module.test_metrics)
+        self._log_evaluation(trainer, "test", self.module._test_metrics)
 
     def _log_evaluation(self, trainer: pl.Trainer, stage: str, modules: nn.ModuleDict) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING

@@ -134,9 +134,10 @@ class LitSupervised(pl.LightningModule):
             if not isinstance(metric, Metric):
                 kind = type(metric).__name__
                 raise UserError(f"metrics: {name} is a {kind}, not a Metric; one of several goes in by their names")
-        self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
-        self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
-        self.val_metrics["loss"], self.test_metrics["loss"] = MeanLoss(), MeanLoss()
+        # private: a subclass may have a val_metrics of its own
+        self._val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+        self._test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+        self._val_metrics["loss"], self._test_metrics["loss"] = MeanLoss(), MeanLoss()
 
     # what to override
 
@@ -152,6 +153,8 @@ class LitSupervised(pl.LightningModule):
             batch: The pair (inputs, targets).
             batch_idx: Index of the batch in its epoch.
         """
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            raise self._no_pair(batch, "compute_loss")
         x, y, *_ = batch
         loss: Tensor = self.criterion(self(x), y)
         return loss
@@ -251,11 +254,11 @@ class LitSupervised(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the validation loss and metrics."""
-        self._evaluate(batch, self.val_metrics)
+        self._evaluate(batch, self._val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the test loss and metrics."""
-        self._evaluate(batch, self.test_metrics)
+        self._evaluate(batch, self._test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the predictions for a batch's inputs."""
@@ -263,6 +266,8 @@ class LitSupervised(pl.LightningModule):
         return predictions
 
     def _evaluate(self, batch: Any, metrics: nn.ModuleDict, predict: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            raise self._no_pair(batch, "validation_step and test_step")
         x, y, *_ = batch
         predictions = (predict or self)(x)
         for metric in metrics.values():
@@ -270,6 +275,11 @@ class LitSupervised(pl.LightningModule):
                 metric.update(self.criterion(predictions, y), len(y))
             elif isinstance(metric, Metric):
                 metric.update(predictions, y)
+
+    def _no_pair(self, batch: Any, name: str) -> UserError:
+        # a tensor would be taken apart along its first dimension
+        what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
+        return UserError(f"a batch is {what}, not (inputs, targets): override {name} of {type(self).__name__}")
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what works around the steps; a subclass that overrides this adds ``super()``'s."""

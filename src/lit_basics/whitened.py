@@ -81,7 +81,7 @@ class LitWhitened(LitClassifier):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the test loss and metrics, with test-time augmentation."""
-        self._evaluate(batch, self.test_metrics, self.forward_augmented)
+        self._evaluate(batch, self._test_metrics, self.forward_augmented)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the predictions for a batch's inputs, with test-time augmentation."""
