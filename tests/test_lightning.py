@@ -315,6 +315,21 @@ def test_two_optimizers_are_refused_in_manual_mode():
         trainer().fit(TwoOptimizers(small_net(), automatic_optimization=False), data())
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_a_training_step_adds_to_ours_is_in_the_logged_loss(accumulate):
+    class Penalised(LitClassifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 100
+
+    rows = Rows()
+    fitted = trainer(logger=rows, log_every_n_steps=1, max_epochs=1, accumulate_grad_batches=accumulate)
+    fitted.fit(Penalised(small_net()), data())
+    losses = [row["train/loss"] for _, row in rows.rows if "train/loss" in row]
+    assert len(losses) == 4 // accumulate
+    assert all(100 < loss < 110 for loss in losses)
+    assert 100 < fitted.callback_metrics["train/loss"] < 110
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_training_step_may_skip_a_batch():
     class Skipping(LitClassifier):
@@ -537,6 +552,34 @@ def test_metrics_that_give_no_one_number_are_refused():
     module = LitSupervised(small_net(), nn.CrossEntropyLoss(), {"each": MulticlassAccuracy(10, average=None)})
     with pytest.raises(UserError, match=r"val/each is tensor\((.|\n)*, not one number"):
         trainer().fit(module, data())
+
+
+class OneLogit(LitClassifier):
+    """Two classes by one number."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1), nn.Flatten(0)), num_classes=1)
+
+    def compute_loss(self, batch, batch_idx):
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+
+class OwnData(pl.LightningDataModule):
+    num_classes = 2
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.ones(4)))
+
+    val_dataloader = train_dataloader
+
+
+class OneOutput(LitSupervised):
+    num_classes = 1
+
+
+def test_numbers_of_classes_of_others_are_not_compared():
+    trainer(limit_val_batches=0).fit(OneLogit(), OwnData())
+    trainer(limit_val_batches=0).fit(OneOutput(small_net(), nn.CrossEntropyLoss()), data())
 
 
 class OwnMetrics(LitClassifier):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError
 from lit_basics.execution import (
     BATCH_HOOKS,
@@ -67,15 +68,19 @@ class TrainingHooks(FlushesRows):
         """Look whether the parts fit together, and compile the net.
 
         Raises:
-            UserError: If the DataModule knows its number of classes and it is larger than the module's, or a checkpoint
-                is to be saved by time that Lightning never saves.
+            UserError: If an ``ArrayDataModule`` has more classes than a ``LitClassifier``, or a checkpoint is to be saved
+                by time that Lightning never saves.
         """
         if pl_module is not self.module:  # left over: the Trainer has trained another module before
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             return
-        there, known = (getattr(owner, "num_classes", None) for owner in (datamodule_of(trainer), pl_module))
-        if isinstance(there, int) and isinstance(known, int) and there > known:
-            raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
+        from lit_basics.modules import LitClassifier  # which imports this file
+
+        data = datamodule_of(trainer)
+        if isinstance(data, ArrayDataModule) and isinstance(pl_module, LitClassifier):
+            there, known = data.num_classes, pl_module.num_classes
+            if there is not None and there > known:
+                raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
         if isinstance(trainer.precision_plugin, DoublePrecision):
             pl_module.double()  # Lightning does it after a checkpoint's numbers were rounded to float32
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically

@@ -207,7 +207,8 @@ class LitSupervised(pl.LightningModule):
         """Compute and record the loss; in manual optimization, make the update too."""
         if self.automatic_optimization:
             loss = self.compute_loss(batch, batch_idx)
-            self.record("train/loss", loss)
+            if not self.own_training_step:  # of a subclass that calls this, what it returns is recorded
+                self.record("train/loss", loss)
             return loss
         return self._manual_step(batch, batch_idx)
 
