@@ -50,7 +50,8 @@ class TrainingHooks(FlushesRows):
     def __init__(self, module: LitSupervised) -> None:
         self.module = module
         trainer = module.trainer
-        self._manual = not module.automatic_optimization
+        # a training_step of the subclass's own makes the updates by Lightning's rules
+        self._manual = not (module.automatic_optimization or module.own_training_step)
         self._several = self._manual and module.steps_per_execution > 1
         self._own_clipping = is_overridden("configure_gradient_clipping", module)
         self._settings: Any = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
@@ -68,8 +69,8 @@ class TrainingHooks(FlushesRows):
         """Look whether the parts fit together, and compile the net.
 
         Raises:
-            UserError: If an ``ArrayDataModule`` has more classes than a ``LitClassifier``, or a checkpoint is to be saved
-                by time that Lightning never saves.
+            UserError: If an ``ArrayDataModule`` has more classes than a ``LitClassifier``, or a checkpoint is to be
+                saved by time that Lightning never saves.
         """
         if pl_module is not self.module:  # left over: the Trainer has trained another module before
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
@@ -116,10 +117,11 @@ class TrainingHooks(FlushesRows):
         self.module.usual_dtype = torch.get_default_dtype()
         # in manual optimization Lightning steps none
         self._left = [] if self._resumed is None or self._manual else list(self._resumed["left_to_lightning"])
+        stepped_here = self._manual or self.module.automatic_optimization
         self._plateaus = [
             (config, config.frequency)
             for number, config in enumerate(trainer.lr_scheduler_configs)
-            if isinstance(config.scheduler, ReduceLROnPlateau) and number not in self._left
+            if stepped_here and isinstance(config.scheduler, ReduceLROnPlateau) and number not in self._left
         ]
         if self._manual and self.module.own_optimizers and self._plateaus:
             raise UserError(
