@@ -627,6 +627,23 @@ def test_a_batch_that_is_no_pair_is_refused(batch, what):
         trainer().validate(Autoencoder(), loader)
 
 
+class Tasks(nn.Module):
+    def forward(self, predictions, targets):
+        targets = targets.values() if isinstance(targets, dict) else targets
+        return sum(nn.functional.mse_loss(predictions[:, 0], y) for y in targets)
+
+
+@pytest.mark.parametrize("kind", [dict, lambda targets: tuple(targets.values())])
+def test_each_sample_counts_once_whatever_the_targets_are(kind):
+    """Taken as long as there are tasks, a batch of two samples counts as much as one of six."""
+    x, y = torch.randn(8, 3), torch.randn(8)
+    batches = [(x[part], kind({"a": y[part], "b": -y[part]})) for part in (slice(6), slice(6, 8))]
+    module = LitSupervised(nn.Linear(3, 1), Tasks())
+    (result,) = trainer().validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    whole = module.criterion(module(x), {"a": y, "b": -y})
+    assert result["val/loss"] == pytest.approx(whole.item())
+
+
 class Weighted(LitClassifier):
     def __init__(self, weights, scale=1.0, rates=(), **kwargs):
         super().__init__(small_net(), criterion=nn.CrossEntropyLoss(torch.tensor(weights)), **kwargs)

@@ -66,7 +66,7 @@ class TrainingHooks(FlushesRows):
         self._left: list[int] = []  # the places of those that Lightning steps after all
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Look whether the parts fit together, and compile the net.
+        """Look whether the parts fit together.
 
         Raises:
             UserError: If an ``ArrayDataModule`` has more classes than a ``LitClassifier``, or a checkpoint is to be
@@ -96,6 +96,9 @@ class TrainingHooks(FlushesRows):
             )
         if self._manual and (trainer.gradient_clip_val or self._own_clipping):
             vars(pl_module)["on_before_optimizer_step"] = partial(hook_and_clip, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compile the net, which the module's own ``setup`` or ``configure_model`` may have made."""
         if self.module.compile_net:
             mode = self.module.compile_net
             self.module.net.compile(mode=None if mode is True else mode)

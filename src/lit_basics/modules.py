@@ -273,7 +273,7 @@ class LitSupervised(pl.LightningModule):
         predictions = (predict or self)(x)
         for metric in metrics.values():
             if isinstance(metric, MeanLoss):
-                metric.update(self.criterion(predictions, y), len(y))
+                metric.update(self.criterion(predictions, y), size_of(y))
             elif isinstance(metric, Metric):
                 metric.update(predictions, y)
 
@@ -468,6 +468,15 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """Return the mean over the samples, a float64 scalar (float32 where there is MPS)."""
         return self.total / self.count
+
+
+def size_of(targets: Any) -> int:
+    """Return the number of samples of a batch's targets, which may be several tensors, as one a task."""
+    if isinstance(targets, Mapping):
+        targets = list(targets.values())
+    if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], Tensor) and targets[0].ndim:
+        targets = targets[0]
+    return len(targets)
 
 
 def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:
