@@ -758,3 +758,11 @@ def test_attributes_are_those_of_any_module():
     ours = LitClassifier(nn.Identity())
     ours.net = ours.criterion = None
     assert list(after(ours)) == list(after(pl.LightningModule()))
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated all of it, but still there
+def test_a_module_can_be_scripted():
+    module = LitClassifier(small_net())
+    module.log_every_n_steps = 3  # a name like any other
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module.to_torchscript()(x), module.eval()(x))

@@ -33,7 +33,7 @@ from lit_basics.execution import (
     step_schedulers_of_batch,
 )
 from lit_basics.loaders import check_shared_out, load_loaders, states_of_loaders
-from lit_basics.recording import NEVER, FlushesRows, recorder_of
+from lit_basics.recording import NEVER, FlushesRows, recorder_of, steps_between_rows
 from lit_basics.steps import accumulating
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class TrainingHooks(FlushesRows):
         if self._resumed is None:
             return
         state, self._resumed = self._resumed, None
-        every = self.module.log_every_n_steps
+        every = steps_between_rows(trainer)
         recorder_of(trainer).load_state_dict(state["recorder"], trainer.global_step + 1, every)
         for name, gradient in state["gradients"].items():
             parameter = pl_module.get_parameter(name)
@@ -154,7 +154,7 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Record the learning rate."""
         step = trainer.global_step + 1
-        if step % self.module.log_every_n_steps == 0:
+        if step % steps_between_rows(trainer) == 0:
             groups = optimizer.param_groups
             for index, group in enumerate(groups):
                 name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
@@ -171,7 +171,7 @@ class TrainingHooks(FlushesRows):
         if self.module.own_training_step:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if isinstance(loss, torch.Tensor):
-                step, every = trainer.global_step + (0 if stepped else 1), self.module.log_every_n_steps
+                step, every = trainer.global_step + (0 if stepped else 1), steps_between_rows(trainer)
                 # Lightning has divided the loss by the number of accumulated batches
                 whole = loss * trainer.accumulate_grad_batches
                 recorder.put(step, "train/loss", whole, part=batch_idx, every=every)

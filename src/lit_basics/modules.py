@@ -25,7 +25,7 @@ from lit_basics.errors import UserError
 from lit_basics.execution import only_optimizer, step_schedulers_of_batch
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
-from lit_basics.recording import NEVER, recorder_of
+from lit_basics.recording import recorder_of, steps_between_rows
 from lit_basics.steps import accumulating
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -192,16 +192,10 @@ class LitSupervised(pl.LightningModule):
         trainer = self._trainer  # Lightning's private name: ``trainer`` raises where there is none, as by Fabric
         # trainer.training compares without regard to case, which takes longer than all the rest
         if trainer is not None and trainer.state.stage is RunningStage.TRAINING:
-            part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
+            part, every = trainer.fit_loop.batch_idx, steps_between_rows(trainer)
             recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 
     # training
-
-    @property
-    def log_every_n_steps(self) -> int:
-        """Steps between two rows of the Trainer's loggers."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
-        return every or NEVER  # 0: no rows, as of a barebones Trainer
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Compute and record the loss; in manual optimization, make the update too."""
