@@ -144,6 +144,50 @@ def test_a_plateau_of_the_modules_own_is_refused_where_its_monitor_is_lost():
         fit_small(OwnScheduler(ReduceLROnPlateau, automatic_optimization=False))
 
 
+class Foreign(pl.LightningModule):
+    """The same training without a part of lit_basics: Lightning steps the scheduler."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.net, self.scheduler = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), scheduler
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), batch_size=len(batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = {"scheduler": self.scheduler(optimizer), "interval": "step", "frequency": 10, "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class Ours(LitClassifier):
+    configure_optimizers = Foreign.configure_optimizers
+
+    def __init__(self, scheduler):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        self.scheduler = scheduler
+
+
+@pytest.mark.parametrize("often", [{}, {"check_val_every_n_epoch": None, "val_check_interval": 5}])
+def test_a_plateau_of_steps_sees_the_validation_that_is_due_with_it(often):
+    class Watched(ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            seen.append(float(metrics))
+            super().step(metrics, epoch)
+
+    found = []
+    for kind in (Foreign, Ours):
+        seen = []
+        torch.manual_seed(0)
+        fit_small(kind(Watched), **{"val_check_interval": 5, **often})
+        found.append(seen)
+    assert len(set(found[0])) == 3
+    assert found[1] == pytest.approx(found[0])
+
+
 class OwnStep(LitClassifier):
     def training_step(self, batch, batch_idx):
         return self.compute_loss(batch, batch_idx)

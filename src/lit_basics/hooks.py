@@ -34,7 +34,7 @@ from lit_basics.execution import (
 )
 from lit_basics.loaders import check_shared_out, load_loaders, states_of_loaders
 from lit_basics.recording import NEVER, FlushesRows, recorder_of, steps_between_rows
-from lit_basics.steps import accumulating
+from lit_basics.steps import accumulating, validates_after
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
@@ -63,6 +63,7 @@ class TrainingHooks(FlushesRows):
         self._resumed: dict[str, Any] | None = None
         self._loader_states: list[dict[str, Any]] = []
         self._plateaus: list[tuple[Any, int]] = []  # configurations of schedulers, with their frequencies
+        self._waiting = 0  # the counter of a batch, if they are stepped after its validation
         self._left: list[int] = []  # the places of those that Lightning steps after all
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -180,7 +181,11 @@ class TrainingHooks(FlushesRows):
         else:
             recorder.flush_if_due()
         if stepped and self._plateaus:
-            self._step_plateaus(trainer, "step", 1 + batch_idx)
+            if validation_follows(trainer):  # which logs what they may watch
+                self._waiting = 1 + batch_idx
+                _ = trainer.callback_metrics  # keeps what this batch logged: a validation reads its own only
+            else:
+                self._step_plateaus(trainer, "step", 1 + batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch's means if ``max_steps`` or the module cut the epoch short, and step a plateau scheduler."""
@@ -243,6 +248,12 @@ class TrainingHooks(FlushesRows):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/loss`` and ``val/<metric>``."""
         self._log_evaluation(trainer, "val", self.module._val_metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Step a plateau scheduler of steps whose turn is at the batch before."""
+        counter, self._waiting = self._waiting, 0
+        if counter:
+            self._step_plateaus(trainer, "step", counter)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``test/loss`` and ``test/<metric>``."""
@@ -336,6 +347,17 @@ class ComesFirst(pl.Callback):
         self._hooks._put_settings_back(trainer)
         if self._hooks._several:
             put_between(self._hooks.module)
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning validates after this batch, which is at its end."""
+    batches, every, loop = trainer.num_val_batches, trainer.check_val_every_n_epoch, trainer.fit_loop
+    return (
+        trainer.enable_validation
+        and (sum(batches) > 0 or not batches)  # none are known before the first validation
+        and (every is None or (1 + trainer.current_epoch) % every == 0)
+        and validates_after(trainer, 1 + loop.batch_idx, 1 + loop.total_batch_idx)
+    )
 
 
 def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:
