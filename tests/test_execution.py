@@ -584,6 +584,23 @@ def test_a_compiled_net_learns_what_the_net_does(compile_net, monkeypatch):
         torch.testing.assert_close(net.linear.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
+class MadeLate(LitClassifier):
+    def __init__(self):
+        super().__init__(nn.Identity(), compile_net=True)
+
+    def configure_model(self):
+        self.net = OnlyCompiled()
+        self.before = copied(self.net)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_net_that_is_made_in_configure_model_is_compiled():
+    module = MadeLate()
+    loader = ArrayLoader(torch.randn(8, 4), torch.randint(10, (8,)), EpochOrder(8, 8, shuffle=False))
+    quiet_trainer().fit(module, loader, loader)
+    assert not torch.equal(module.net.linear.weight, module.before["linear.weight"])
+
+
 def test_an_unknown_mode_of_compiling_is_refused():
     with pytest.raises(UserError, match="compile_net is 'fast'; it must be True, False or a mode: default, reduce"):
         LitClassifier(nn.Linear(4, 10), compile_net="fast")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import Rows, fit, metrics, quiet_trainer
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -191,6 +192,17 @@ def test_what_is_recorded_in_a_validation_is_not_of_the_training(mode):
     assert [row["train/mine"] for row in rows.table().values() if "train/mine" in row] == [1.0] * 8
 
 
+def test_a_module_that_records_can_be_tried_without_a_trainer():
+    module, batch = Recording(small_net()), (torch.randn(4, 3, 32, 32), torch.arange(4))
+    expected = nn.functional.cross_entropy(module(batch[0]), batch[1])
+    assert torch.equal(module.compute_loss(batch, 0), expected)
+    assert torch.equal(module.training_step(batch, 0), expected)
+    fabric = Fabric(accelerator="cpu")
+    fabricated = fabric.setup(module)
+    fabric.backward(fabricated.training_step(batch, 0))
+    assert module.net[1].weight.grad.any()
+
+
 @pytest.mark.parametrize("foreign", [False, True])
 def test_a_validation_before_the_fit(foreign):
     """Reset in inference mode, a mean or the recorder's rows could not be written to in the fit."""
@@ -301,6 +313,21 @@ def test_two_optimizers_are_refused_in_manual_mode():
 
     with pytest.raises(UserError, match="returns 2 optimizers"):
         trainer().fit(TwoOptimizers(small_net(), automatic_optimization=False), data())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_a_training_step_adds_to_ours_is_in_the_logged_loss(accumulate):
+    class Penalised(LitClassifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 100
+
+    rows = Rows()
+    fitted = trainer(logger=rows, log_every_n_steps=1, max_epochs=1, accumulate_grad_batches=accumulate)
+    fitted.fit(Penalised(small_net()), data())
+    losses = [row["train/loss"] for _, row in rows.rows if "train/loss" in row]
+    assert len(losses) == 4 // accumulate
+    assert all(100 < loss < 110 for loss in losses)
+    assert 100 < fitted.callback_metrics["train/loss"] < 110
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -512,12 +539,109 @@ def test_arguments_without_a_name_come_back_from_a_checkpoint(kind, tmp_path):
     assert torch.equal(module(x), again(x))
 
 
+def test_a_classifier_takes_metrics_beside_its_accuracy():
+    model = LitClassifier(small_net(), metrics={"top10": MulticlassAccuracy(10, average="micro", top_k=10)})
+    (result,) = trainer().validate(model, data(), verbose=False)
+    assert set(result) == {"val/loss", "val/acc", "val/top10"}
+    assert result["val/top10"] == 1 > result["val/acc"]
+
+
 def test_metrics_that_give_no_one_number_are_refused():
     with pytest.raises(UserError, match="metrics: both is a MetricCollection, not a Metric"):
         LitSupervised(small_net(), nn.CrossEntropyLoss(), {"both": MetricCollection([MulticlassAccuracy(10)])})
     module = LitSupervised(small_net(), nn.CrossEntropyLoss(), {"each": MulticlassAccuracy(10, average=None)})
     with pytest.raises(UserError, match=r"val/each is tensor\((.|\n)*, not one number"):
         trainer().fit(module, data())
+
+
+class OneLogit(LitClassifier):
+    """Two classes by one number."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1), nn.Flatten(0)), num_classes=1)
+
+    def compute_loss(self, batch, batch_idx):
+        return nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+
+
+class OwnData(pl.LightningDataModule):
+    num_classes = 2
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.ones(4)))
+
+    val_dataloader = train_dataloader
+
+
+class OneOutput(LitSupervised):
+    num_classes = 1
+
+
+def test_numbers_of_classes_of_others_are_not_compared():
+    trainer(limit_val_batches=0).fit(OneLogit(), OwnData())
+    trainer(limit_val_batches=0).fit(OneOutput(small_net(), nn.CrossEntropyLoss()), data())
+
+
+class OwnMetrics(LitClassifier):
+    """The way of torchmetrics' documentation: the prefix is in the collection."""
+
+    def __init__(self):
+        super().__init__(small_net())
+        self.val_metrics = MetricCollection({"top2": MulticlassAccuracy(10, top_k=2)}, prefix="val/")
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.val_metrics.update(self(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self):
+        self.log_dict(self.val_metrics.compute())
+        self.val_metrics.reset()
+
+
+def test_metrics_of_a_subclass_stand_beside_ours():
+    fitted, module = trainer(), OwnMetrics()
+    fitted.fit(module, data())
+    assert set(fitted.callback_metrics) == {"train/loss", "val/loss", "val/acc", "val/top2"}
+    assert set(module.state_dict()) == {"net.1.weight", "net.1.bias"}
+
+
+class Autoencoder(LitSupervised):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3), nn.MSELoss())
+
+    def compute_loss(self, batch, batch_idx):
+        return self.criterion(self(batch), batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [(torch.rand(4, 3), "a Tensor"), ({"x": torch.rand(4, 3)}, "a dict"), ([torch.rand(4)], "a list of 1")],
+)
+def test_a_batch_that_is_no_pair_is_refused(batch, what):
+    """A tensor is taken apart along its first dimension: one sample is the inputs, another the targets."""
+    loader = DataLoader([batch], batch_size=None)
+    module = LitSupervised(nn.Linear(3, 3), nn.MSELoss())
+    with pytest.raises(UserError, match=rf"a batch is {what}, not .*: override compute_loss of LitSupervised"):
+        trainer(num_sanity_val_steps=0).fit(module, loader, loader)
+    with pytest.raises(UserError, match=rf"a batch is {what}, not .*: override validation_step and test_step of Auto"):
+        trainer().validate(Autoencoder(), loader)
+
+
+class Tasks(nn.Module):
+    def forward(self, predictions, targets):
+        targets = targets.values() if isinstance(targets, dict) else targets
+        return sum(nn.functional.mse_loss(predictions[:, 0], y) for y in targets)
+
+
+@pytest.mark.parametrize("kind", [dict, lambda targets: tuple(targets.values())])
+def test_each_sample_counts_once_whatever_the_targets_are(kind):
+    """Taken as long as there are tasks, a batch of two samples counts as much as one of six."""
+    x, y = torch.randn(8, 3), torch.randn(8)
+    batches = [(x[part], kind({"a": y[part], "b": -y[part]})) for part in (slice(6), slice(6, 8))]
+    module = LitSupervised(nn.Linear(3, 1), Tasks())
+    (result,) = trainer().validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    whole = module.criterion(module(x), {"a": y, "b": -y})
+    assert result["val/loss"] == pytest.approx(whole.item())
 
 
 class Weighted(LitClassifier):
@@ -634,3 +758,11 @@ def test_attributes_are_those_of_any_module():
     ours = LitClassifier(nn.Identity())
     ours.net = ours.criterion = None
     assert list(after(ours)) == list(after(pl.LightningModule()))
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated all of it, but still there
+def test_a_module_can_be_scripted():
+    module = LitClassifier(small_net())
+    module.log_every_n_steps = 3  # a name like any other
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(module.to_torchscript()(x), module.eval()(x))

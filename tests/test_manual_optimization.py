@@ -3,7 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_same_steps, copied, fit, metrics, quiet_trainer, write_npz
+from helpers import Rows, assert_same_steps, copied, fit, metrics, quiet_trainer, write_npz
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
@@ -143,6 +144,50 @@ def test_a_plateau_of_the_modules_own_is_refused_where_its_monitor_is_lost():
         fit_small(OwnScheduler(ReduceLROnPlateau, automatic_optimization=False))
 
 
+class Foreign(pl.LightningModule):
+    """The same training without a part of lit_basics: Lightning steps the scheduler."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.net, self.scheduler = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), scheduler
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), batch_size=len(batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = {"scheduler": self.scheduler(optimizer), "interval": "step", "frequency": 10, "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+class Ours(LitClassifier):
+    configure_optimizers = Foreign.configure_optimizers
+
+    def __init__(self, scheduler):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        self.scheduler = scheduler
+
+
+@pytest.mark.parametrize("often", [{}, {"check_val_every_n_epoch": None, "val_check_interval": 5}])
+def test_a_plateau_of_steps_sees_the_validation_that_is_due_with_it(often):
+    class Watched(ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            seen.append(float(metrics))
+            super().step(metrics, epoch)
+
+    found = []
+    for kind in (Foreign, Ours):
+        seen = []
+        torch.manual_seed(0)
+        fit_small(kind(Watched), **{"val_check_interval": 5, **often})
+        found.append(seen)
+    assert len(set(found[0])) == 3
+    assert found[1] == pytest.approx(found[0])
+
+
 class OwnStep(LitClassifier):
     def training_step(self, batch, batch_idx):
         return self.compute_loss(batch, batch_idx)
@@ -171,3 +216,36 @@ def test_a_step_of_the_modules_own_is_refused_in_manual_mode(kind, name, instead
     kind(nn.Linear(1, 10))
     with pytest.raises(UserError, match=f"{kind.__name__} overrides {name}, so {mode}={value} cannot apply: {instead}"):
         kind(nn.Linear(1, 10), **{mode: value})
+
+
+class InTurn(LitClassifier):
+    """Two optimizers in turn, as of a GAN; the scheduler is stepped by hand."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in self.net.parameters()]
+        return optimizers, [ReduceLROnPlateau(optimizers[0], patience=0, factor=0.5)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            loss = self.compute_loss(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.lr_schedulers().step(1.0)
+        return loss
+
+
+def test_a_training_step_that_makes_its_updates_itself_is_lightnings_matter():
+    rows, model = Rows(), InTurn()
+    trainer = fit_small(model, max_epochs=1, logger=rows, log_every_n_steps=1)
+    batches = trainer.num_training_batches
+    assert trainer.global_step == 2 * batches
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5 ** (batches - 1)
+    assert [step for step, row in rows.table().items() if "train/loss" in row] == [2 * n for n in range(1, batches + 1)]
+    for setting in ({"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}):
+        with pytest.raises(MisconfigurationException, match="is not supported for manual optimization"):
+            fit_small(InTurn(), **setting)

@@ -235,6 +235,11 @@ def test_whitening_filters_that_are_trained_are_not_set_again(monkeypatch):
     fit(model, images())
     assert set_nets == [model.net, model.proxy]
     assert not model.net.whitened
+    fit(model, images(), max_epochs=1)
+    loaded = TrainsFilters(**WIDTHS)
+    loaded.load_state_dict(model.state_dict())
+    fit(loaded, images(), max_epochs=1)
+    assert set_nets == [model.net, model.proxy]
 
 
 def test_a_longer_schedule_goes_on_from_a_shorter_ones_state():

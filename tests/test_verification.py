@@ -643,6 +643,18 @@ def test_what_only_automatic_optimization_calls_leaves_one_mode(kind, name):
     assert all(f"{kind.__name__} overrides {name}" in verdict.text for verdict in report.verdicts)
 
 
+class Records(LitClassifier):
+    def compute_loss(self, batch, batch_idx):
+        loss = super().compute_loss(batch, batch_idx)
+        self.record("train/mine", loss)
+        return loss
+
+
+def test_a_module_that_records_has_a_plain_loop():
+    report = verify(Records(nn.Linear(4, 2), 2), loader(shuffle=False), checks=["loop"], steps=4, **EXACT)
+    assert outcomes(report) == {"loop": "passed"}, str(report)
+
+
 class NeedsTrainer(Plain):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (1 + self.trainer.current_epoch)

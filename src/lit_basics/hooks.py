@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from lit_basics.data.arrays import ArrayDataModule
 from lit_basics.errors import UserError
 from lit_basics.execution import (
     BATCH_HOOKS,
@@ -32,8 +33,8 @@ from lit_basics.execution import (
     step_schedulers_of_batch,
 )
 from lit_basics.loaders import check_shared_out, load_loaders, states_of_loaders
-from lit_basics.recording import NEVER, FlushesRows, recorder_of
-from lit_basics.steps import accumulating
+from lit_basics.recording import NEVER, FlushesRows, recorder_of, steps_between_rows
+from lit_basics.steps import accumulating, validates_after
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
@@ -49,7 +50,8 @@ class TrainingHooks(FlushesRows):
     def __init__(self, module: LitSupervised) -> None:
         self.module = module
         trainer = module.trainer
-        self._manual = not module.automatic_optimization
+        # a training_step of the subclass's own makes the updates by Lightning's rules
+        self._manual = not (module.automatic_optimization or module.own_training_step)
         self._several = self._manual and module.steps_per_execution > 1
         self._own_clipping = is_overridden("configure_gradient_clipping", module)
         self._settings: Any = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
@@ -61,21 +63,26 @@ class TrainingHooks(FlushesRows):
         self._resumed: dict[str, Any] | None = None
         self._loader_states: list[dict[str, Any]] = []
         self._plateaus: list[tuple[Any, int]] = []  # configurations of schedulers, with their frequencies
+        self._waiting = 0  # the counter of a batch, if they are stepped after its validation
         self._left: list[int] = []  # the places of those that Lightning steps after all
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Look whether the parts fit together, and compile the net.
+        """Look whether the parts fit together.
 
         Raises:
-            UserError: If the DataModule knows its number of classes and it is larger than the module's, or a checkpoint
-                is to be saved by time that Lightning never saves.
+            UserError: If an ``ArrayDataModule`` has more classes than a ``LitClassifier``, or a checkpoint is to be
+                saved by time that Lightning never saves.
         """
         if pl_module is not self.module:  # left over: the Trainer has trained another module before
             trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             return
-        there, known = (getattr(owner, "num_classes", None) for owner in (datamodule_of(trainer), pl_module))
-        if isinstance(there, int) and isinstance(known, int) and there > known:
-            raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
+        from lit_basics.modules import LitClassifier  # which imports this file
+
+        data = datamodule_of(trainer)
+        if isinstance(data, ArrayDataModule) and isinstance(pl_module, LitClassifier):
+            there, known = data.num_classes, pl_module.num_classes
+            if there is not None and there > known:
+                raise UserError(f"the labels go up to {there - 1}, but num_classes is {known}")
         if isinstance(trainer.precision_plugin, DoublePrecision):
             pl_module.double()  # Lightning does it after a checkpoint's numbers were rounded to float32
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
@@ -90,6 +97,9 @@ class TrainingHooks(FlushesRows):
             )
         if self._manual and (trainer.gradient_clip_val or self._own_clipping):
             vars(pl_module)["on_before_optimizer_step"] = partial(hook_and_clip, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compile the net, which the module's own ``setup`` or ``configure_model`` may have made."""
         if self.module.compile_net:
             mode = self.module.compile_net
             self.module.net.compile(mode=None if mode is True else mode)
@@ -111,10 +121,11 @@ class TrainingHooks(FlushesRows):
         self.module.usual_dtype = torch.get_default_dtype()
         # in manual optimization Lightning steps none
         self._left = [] if self._resumed is None or self._manual else list(self._resumed["left_to_lightning"])
+        stepped_here = self._manual or self.module.automatic_optimization
         self._plateaus = [
             (config, config.frequency)
             for number, config in enumerate(trainer.lr_scheduler_configs)
-            if isinstance(config.scheduler, ReduceLROnPlateau) and number not in self._left
+            if stepped_here and isinstance(config.scheduler, ReduceLROnPlateau) and number not in self._left
         ]
         if self._manual and self.module.own_optimizers and self._plateaus:
             raise UserError(
@@ -126,7 +137,7 @@ class TrainingHooks(FlushesRows):
         if self._resumed is None:
             return
         state, self._resumed = self._resumed, None
-        every = self.module.log_every_n_steps
+        every = steps_between_rows(trainer)
         recorder_of(trainer).load_state_dict(state["recorder"], trainer.global_step + 1, every)
         for name, gradient in state["gradients"].items():
             parameter = pl_module.get_parameter(name)
@@ -144,7 +155,7 @@ class TrainingHooks(FlushesRows):
     ) -> None:
         """Record the learning rate."""
         step = trainer.global_step + 1
-        if step % self.module.log_every_n_steps == 0:
+        if step % steps_between_rows(trainer) == 0:
             groups = optimizer.param_groups
             for index, group in enumerate(groups):
                 name = "lr" if len(groups) == 1 else f"lr/{group.get('name', index)}"
@@ -161,7 +172,7 @@ class TrainingHooks(FlushesRows):
         if self.module.own_training_step:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if isinstance(loss, torch.Tensor):
-                step, every = trainer.global_step + (0 if stepped else 1), self.module.log_every_n_steps
+                step, every = trainer.global_step + (0 if stepped else 1), steps_between_rows(trainer)
                 # Lightning has divided the loss by the number of accumulated batches
                 whole = loss * trainer.accumulate_grad_batches
                 recorder.put(step, "train/loss", whole, part=batch_idx, every=every)
@@ -170,7 +181,11 @@ class TrainingHooks(FlushesRows):
         else:
             recorder.flush_if_due()
         if stepped and self._plateaus:
-            self._step_plateaus(trainer, "step", 1 + batch_idx)
+            if validation_follows(trainer):  # which logs what they may watch
+                self._waiting = 1 + batch_idx
+                _ = trainer.callback_metrics  # keeps what this batch logged: a validation reads its own only
+            else:
+                self._step_plateaus(trainer, "step", 1 + batch_idx)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch's means if ``max_steps`` or the module cut the epoch short, and step a plateau scheduler."""
@@ -222,7 +237,7 @@ class TrainingHooks(FlushesRows):
         A validation before the fit, in inference mode, has left them states that cannot be added to in place.
         """
         check_shared_out(trainer, trainer.val_dataloaders)
-        for metric in self.module.val_metrics.values():
+        for metric in self.module._val_metrics.values():
             assert isinstance(metric, Metric)
             metric.reset()
 
@@ -232,11 +247,17 @@ class TrainingHooks(FlushesRows):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/loss`` and ``val/<metric>``."""
-        self._log_evaluation(trainer, "val", self.module.val_metrics)
+        self._log_evaluation(trainer, "val", self.module._val_metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Step a plateau scheduler of steps whose turn is at the batch before."""
+        counter, self._waiting = self._waiting, 0
+        if counter:
+            self._step_plateaus(trainer, "step", counter)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``test/loss`` and ``test/<metric>``."""
-        self._log_evaluation(trainer, "test", self.module.test_metrics)
+        self._log_evaluation(trainer, "test", self.module._test_metrics)
 
     def _log_evaluation(self, trainer: pl.Trainer, stage: str, modules: nn.ModuleDict) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -326,6 +347,17 @@ class ComesFirst(pl.Callback):
         self._hooks._put_settings_back(trainer)
         if self._hooks._several:
             put_between(self._hooks.module)
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning validates after this batch, which is at its end."""
+    batches, every, loop = trainer.num_val_batches, trainer.check_val_every_n_epoch, trainer.fit_loop
+    return (
+        trainer.enable_validation
+        and (sum(batches) > 0 or not batches)  # none are known before the first validation
+        and (every is None or (1 + trainer.current_epoch) % every == 0)
+        and validates_after(trainer, 1 + loop.batch_idx, 1 + loop.total_batch_idx)
+    )
 
 
 def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,7 @@ from lit_basics.errors import UserError
 from lit_basics.execution import only_optimizer, step_schedulers_of_batch
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
-from lit_basics.recording import NEVER, recorder_of
+from lit_basics.recording import recorder_of, steps_between_rows
 from lit_basics.steps import accumulating
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -134,9 +134,10 @@ class LitSupervised(pl.LightningModule):
             if not isinstance(metric, Metric):
                 kind = type(metric).__name__
                 raise UserError(f"metrics: {name} is a {kind}, not a Metric; one of several goes in by their names")
-        self.val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
-        self.test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
-        self.val_metrics["loss"], self.test_metrics["loss"] = MeanLoss(), MeanLoss()
+        # private: a subclass may have a val_metrics of its own
+        self._val_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+        self._test_metrics = nn.ModuleDict({name: metric.clone() for name, metric in metrics.items()})
+        self._val_metrics["loss"], self._test_metrics["loss"] = MeanLoss(), MeanLoss()
 
     # what to override
 
@@ -152,6 +153,8 @@ class LitSupervised(pl.LightningModule):
             batch: The pair (inputs, targets).
             batch_idx: Index of the batch in its epoch.
         """
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            raise self._no_pair(batch, "compute_loss")
         x, y, *_ = batch
         loss: Tensor = self.criterion(self(x), y)
         return loss
@@ -179,31 +182,27 @@ class LitSupervised(pl.LightningModule):
     def record(self, name: str, value: Tensor) -> None:
         """Log a scalar of this training step without a host sync; ``<name>_epoch`` gets its mean.
 
-        To be called once a step, from ``compute_loss`` or ``training_step``; in a validation it does nothing.
+        To be called once a step, from ``compute_loss`` or ``training_step``; in a validation and without a Trainer it
+        does nothing.
 
         Args:
             name: The metric's key, such as ``train/acc``.
             value: A scalar tensor.
         """
-        trainer = self.trainer
+        trainer = self._trainer  # Lightning's private name: ``trainer`` raises where there is none, as by Fabric
         # trainer.training compares without regard to case, which takes longer than all the rest
-        if trainer.state.stage is RunningStage.TRAINING:
-            part, every = trainer.fit_loop.batch_idx, self.log_every_n_steps
+        if trainer is not None and trainer.state.stage is RunningStage.TRAINING:
+            part, every = trainer.fit_loop.batch_idx, steps_between_rows(trainer)
             recorder_of(trainer).put(trainer.global_step + 1, name, value, part=part, every=every)
 
     # training
-
-    @property
-    def log_every_n_steps(self) -> int:
-        """Steps between two rows of the Trainer's loggers."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
-        return every or NEVER  # 0: no rows, as of a barebones Trainer
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Compute and record the loss; in manual optimization, make the update too."""
         if self.automatic_optimization:
             loss = self.compute_loss(batch, batch_idx)
-            self.record("train/loss", loss)
+            if not self.own_training_step:  # of a subclass that calls this, what it returns is recorded
+                self.record("train/loss", loss)
             return loss
         return self._manual_step(batch, batch_idx)
 
@@ -250,11 +249,11 @@ class LitSupervised(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the validation loss and metrics."""
-        self._evaluate(batch, self.val_metrics)
+        self._evaluate(batch, self._val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the test loss and metrics."""
-        self._evaluate(batch, self.test_metrics)
+        self._evaluate(batch, self._test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the predictions for a batch's inputs."""
@@ -262,13 +261,20 @@ class LitSupervised(pl.LightningModule):
         return predictions
 
     def _evaluate(self, batch: Any, metrics: nn.ModuleDict, predict: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            raise self._no_pair(batch, "validation_step and test_step")
         x, y, *_ = batch
         predictions = (predict or self)(x)
         for metric in metrics.values():
             if isinstance(metric, MeanLoss):
-                metric.update(self.criterion(predictions, y), len(y))
+                metric.update(self.criterion(predictions, y), size_of(y))
             elif isinstance(metric, Metric):
                 metric.update(predictions, y)
+
+    def _no_pair(self, batch: Any, name: str) -> UserError:
+        # a tensor would be taken apart along its first dimension
+        what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
+        return UserError(f"a batch is {what}, not (inputs, targets): override {name} of {type(self).__name__}")
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what works around the steps; a subclass that overrides this adds ``super()``'s."""
@@ -287,14 +293,25 @@ class LitClassifier(LitSupervised):
         net: Maps inputs to logits (N, num_classes).
         num_classes: Number of classes; targets are int64 in [0, num_classes).
         criterion: Another loss of (logits, targets); cross-entropy by default.
+        metrics: As of :class:`LitSupervised`, beside the accuracy ``acc``.
         **kwargs: As :class:`LitSupervised`.
     """
 
     def __init__(
-        self, net: nn.Module, num_classes: int = 10, criterion: nn.Module | None = None, **kwargs: Any
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        criterion: nn.Module | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        **kwargs: Any,
     ) -> None:
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        super().__init__(net=net, criterion=criterion or nn.CrossEntropyLoss(), metrics={"acc": accuracy}, **kwargs)
+        super().__init__(
+            net=net,
+            criterion=criterion or nn.CrossEntropyLoss(),
+            metrics={"acc": accuracy, **(metrics or {})},
+            **kwargs,
+        )
         self.num_classes = num_classes
 
 
@@ -445,6 +462,15 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """Return the mean over the samples, a float64 scalar (float32 where there is MPS)."""
         return self.total / self.count
+
+
+def size_of(targets: Any) -> int:
+    """Return the number of samples of a batch's targets, which may be several tensors, as one a task."""
+    if isinstance(targets, Mapping):
+        targets = list(targets.values())
+    if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], Tensor) and targets[0].ndim:
+        targets = targets[0]
+    return len(targets)
 
 
 def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:

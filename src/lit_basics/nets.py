@@ -148,6 +148,7 @@ class SpeedNet(nn.Module):
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
+        self._first_filters = self.whiten.weight.clone()
         channels = [24, *widths]
         blocks = (_speed_block(i, o, depth, batch_norm_momentum) for i, o in zip(channels, widths, strict=False))
         self.blocks = nn.Sequential(*blocks)
@@ -175,6 +176,11 @@ class SpeedNet(nn.Module):
         """Whether the first convolution was set: half of its filters are the negatives of the others."""
         filters, negatives = self.whiten.weight.chunk(2)
         return torch.equal(filters, -negatives)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the first convolution is as it was made: neither set nor trained, nor loaded."""
+        return torch.equal(self.whiten.weight, self._first_filters.to(self.whiten.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images ``x`` (N, 3, H, W)."""

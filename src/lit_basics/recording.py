@@ -292,6 +292,12 @@ def recorder_of(trainer: pl.Trainer) -> StepRecorder:
     return recorder
 
 
+def steps_between_rows(trainer: pl.Trainer) -> int:
+    """Return the number of steps between two rows of the Trainer's loggers."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set dynamically
+    return every or NEVER  # 0: no rows, as of a barebones Trainer
+
+
 class FlushesRows(pl.Callback):
     """Brings the recorder's rows to the loggers: after an epoch, before a checkpoint, and when a run fails."""
 

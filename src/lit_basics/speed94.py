@@ -44,7 +44,7 @@ class LitSpeedNet(LitWhitened):
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
         lr_scheduler: Another scheduler; by default :meth:`falling_to_zero`, which goes by steps.
         lr_interval: Whether it steps every optimizer ``step``, the default here, or every ``epoch``.
-        **kwargs: As :class:`LitClassifier`.
+        **kwargs: As :class:`LitClassifier`, without ``criterion``.
 
     Raises:
         UserError: If a resolution is below 16, or one of ``hardest`` not above 0, or above 1.

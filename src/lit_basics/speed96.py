@@ -45,7 +45,7 @@ class LitSpeedNet96(LitWhitened):
         optimizer: Makes the optimizer from :meth:`trained_parameters`.
         lr_scheduler: Another scheduler; by default :meth:`rising_and_falling`, which goes by steps.
         lr_interval: Whether it steps every optimizer ``step``, the default here, or every ``epoch``.
-        **kwargs: As :class:`LitClassifier`.
+        **kwargs: As :class:`LitClassifier`, without ``criterion``.
 
     Raises:
         UserError: If ``hardest`` is not above 0, or above 1.

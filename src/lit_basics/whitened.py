@@ -23,7 +23,7 @@ class LitWhitened(LitClassifier):
     Args:
         net: Maps images (N, 3, H, W) to logits (N, num_classes).
         label_smoothing: As for ``nn.CrossEntropyLoss``.
-        **kwargs: As :class:`LitClassifier`.
+        **kwargs: As :class:`LitClassifier`, without ``criterion``.
     """
 
     def __init__(self, net: SpeedNet, label_smoothing: float, **kwargs: Any) -> None:
@@ -36,7 +36,7 @@ class LitWhitened(LitClassifier):
         """Set the whitening of those of ``nets`` that have none from the images of a batch, of all ranks together."""
         for net in nets:
             filters = net.whiten.weight
-            if self.global_step and filters.requires_grad:
+            if filters.requires_grad and (self.global_step or self._trained(net)):
                 continue  # a subclass trains them
             if self._seen.get(net) == filters._version:  # not written to since: no need to wait for the device
                 continue
@@ -46,6 +46,11 @@ class LitWhitened(LitClassifier):
                     covariance = self.trainer.strategy.reduce(covariance, reduce_op="mean")
                 net.whiten_(covariance)
             self._seen[net] = filters._version
+
+    def _trained(self, net: SpeedNet) -> bool:
+        # rank 0's filters are those that all ranks begin with
+        trained = not net.untouched
+        return self.trainer.strategy.broadcast(trained) if distributed.is_initialized() else trained
 
     def steps_of_training(self) -> float:
         """Return the number of optimizer steps of the training, for a schedule by steps; infinity where it has no end.
@@ -81,7 +86,7 @@ class LitWhitened(LitClassifier):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the test loss and metrics, with test-time augmentation."""
-        self._evaluate(batch, self.test_metrics, self.forward_augmented)
+        self._evaluate(batch, self._test_metrics, self.forward_augmented)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the predictions for a batch's inputs, with test-time augmentation."""
