@@ -51,7 +51,6 @@ _PUBLIC = {
     "SpeedOptimizer": "optim",
     "Square": "nets",
     "RandomState": "callbacks.random_state",
-    "Report": "verification.report",
     "ResumableDataLoader": "data.loader",
     "SyntheticCIFAR10": "data.synthetic",
     "UserError": "errors",
@@ -111,7 +110,6 @@ if TYPE_CHECKING:  # what _PUBLIC says, for type-checkers and editors
     from lit_basics.speed94 import LitSpeedNet as LitSpeedNet
     from lit_basics.speed96 import LitSpeedNet96 as LitSpeedNet96
     from lit_basics.verification.checks import verify as verify
-    from lit_basics.verification.report import Report as Report
 
     __version__: str
 
