@@ -51,6 +51,8 @@ def test_a_random_transform_can_be_pickled():
         ({"x_test": torch.zeros(10, 1, 8, 8, dtype=torch.uint16)}, "x_test as torch.uint16"),
         ({"x_train": torch.zeros(100, 8, 8, dtype=torch.uint8)}, r"x_train as torch.uint8 \(100, 8, 8\)"),
         ({"x_test": np.zeros((10, 1, 8, 8), np.uint8)}, "x_test as ndarray"),
+        ({"y_train": list(range(100))}, "y_train as list; it must be a tensor"),
+        ({"y_test": np.arange(10)}, "y_test as ndarray"),
         ({"y_train": torch.arange(99)}, "100 images in x_train, but 99 labels in y_train"),
         ({"y_test": torch.arange(11)}, "10 images in x_test, but 11 labels in y_test"),
     ],

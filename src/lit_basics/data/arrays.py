@@ -321,12 +321,14 @@ def check_arrays(arrays: ImageArrays, name: str) -> None:
         name: The DataModule's class.
 
     Raises:
-        UserError: If images are not uint8 (N, C, H, W), or there are not as many labels.
+        UserError: If images are not uint8 (N, C, H, W), or labels are no tensor, or not as many.
     """
     for split, x, y in (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test)):
         if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UserError(f"{name}.load returns x_{split} as {what}; it must be a uint8 tensor (N, C, H, W)")
+        if not isinstance(y, Tensor):
+            raise UserError(f"{name}.load returns y_{split} as {type(y).__name__}; it must be a tensor (N,)")
         if len(y) != len(x):
             raise UserError(f"{name}.load returns {len(x)} images in x_{split}, but {len(y)} labels in y_{split}")
 
