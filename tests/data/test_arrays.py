@@ -97,6 +97,22 @@ def test_statistics_are_those_of_the_training_images():
     assert torch.allclose(x.double().std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
 
 
+def test_a_checkpoint_has_the_statistics_and_those_given_win():
+    """Otherwise other images, here without the validation images, are normalised by their own."""
+    trained, other = ready(SyntheticCIFAR10(200, 10, val_size=50)), {"train_images": 100, "test_images": 10}
+    for state in (trained.state_dict(), {}):
+        for early in (True, False):
+            data, mean = SyntheticCIFAR10(**other), SyntheticCIFAR10(**other, mean=[0.5])
+            for one in (data, mean):
+                if not early:
+                    one.setup("test")  # Lightning restores after it
+                one.load_state_dict(state)
+                assert torch.equal(ready(one).normalize.std, trained.normalize.std) == bool(state)
+            assert torch.equal(data.normalize.mean, trained.normalize.mean) == bool(state)
+            assert mean.normalize.mean.flatten().tolist() == [0.5]
+    assert SyntheticCIFAR10().state_dict() == {}
+
+
 def test_channel_statistics_are_exact():
     images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
     mean, std = channel_statistics(images, torch.arange(len(images)))

@@ -17,6 +17,8 @@ from lit_basics.errors import UserError
 Transform = nn.Module | Callable[[Tensor], Any]
 """Makes images of images; not ``Tensor``, of which jsonargparse would want a class to be a subclass."""
 Flip = bool | Literal["alternating"]
+MEAN, STD = "image_mean", "image_std"
+"""The keys of a DataModule's state."""
 
 
 _readers: weakref.WeakKeyDictionary[EpochOrder, int] = weakref.WeakKeyDictionary()  # the loader that iterates each
@@ -162,8 +164,8 @@ class ArrayDataModule(pl.LightningDataModule):
         batch_size: Size of the global batch; it must divide by the number of processes.
         val_size: Validation images taken from the training images: a fraction (float) or a number (int).
         seed: Seed of the validation split, of the order and of crop, flip and cutout of each epoch.
-        mean: Mean of each channel of pixels in [0, 1]; of the training images by default.
-        std: Standard deviation of each channel; of the training images by default.
+        mean: Mean of each channel of pixels in [0, 1]; of the training images by default, or a checkpoint's.
+        std: Standard deviation of each channel; of the training images by default, or a checkpoint's.
         crop: Largest random shift of a training image, in pixels, filled in by reflection.
         flip: Whether training images are mirrored at random; ``alternating``: at random in the first epoch, and
             then the other way in each next one (https://arxiv.org/abs/2404.00498).
@@ -257,6 +259,21 @@ class ArrayDataModule(pl.LightningDataModule):
             std = measured_std if std is None else std
         self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
         return arrays, train, held_out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mean and the standard deviation that images are normalised by; nothing before ``setup``."""
+        if self._arrays is None:
+            return {}
+        return {MEAN: self.normalize.mean.flatten().tolist(), STD: self.normalize.std.flatten().tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Normalise as the run did that the state is of, whatever these images are, but as ``mean`` and ``std`` say."""
+        if MEAN not in state_dict:  # an older subclass's
+            return
+        self.mean = state_dict[MEAN] if self.mean is None else self.mean
+        self.std = state_dict[STD] if self.std is None else self.std
+        if self._arrays is not None:
+            self.normalize = Normalize(self.mean, self.std, self._arrays.x_train.shape[1])
 
     def train_dataloader(self) -> ArrayLoader:
         """Return the shuffled, augmented training batches."""

@@ -31,8 +31,8 @@ class Normalize:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
                 raise UserError(
-                    f"{name} has {len(values)} values, but the images have {channels} channels; --data.{name} null "
-                    "measures it"
+                    f"{name} has {len(values)} values, but the images have {channels} channels; for fit, "
+                    f"--data.{name} null measures it"
                 )
         if min(std) <= 0:
             raise UserError(f"std is {list(std)}; it must be positive")
