@@ -183,6 +183,52 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert "batch_size is 13; it must divide by the 2 processes" in done.stderr
 
 
+DRAWS = """
+import json, random, sys
+import lightning.pytorch as pl, numpy as np, torch
+from lit_basics import LitClassifier, RandomState, SyntheticCIFAR10
+
+class Draws(LitClassifier):
+    def __init__(self):
+        super().__init__(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)))
+        self.drawn = []
+
+    def training_step(self, batch, batch_idx):
+        dropped = torch.nn.functional.dropout(torch.ones(16)).tolist()
+        self.drawn.append([random.random(), np.random.random(), dropped])
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == 1 and checkpoint is None and self.trainer.world_size == 2:
+            self.trainer.save_checkpoint("amid.ckpt")
+
+if __name__ == "__main__":
+    devices, folder, *checkpoint = sys.argv[1:]
+    checkpoint = checkpoint[0] if checkpoint else None
+    pl.seed_everything(0 if checkpoint is None else 9)
+    model = Draws()
+    trainer = pl.Trainer(accelerator="cpu", devices=int(devices), strategy="ddp", logger=False, max_epochs=1,
+                         enable_checkpointing=False, enable_progress_bar=False, callbacks=[RandomState()])
+    trainer.fit(model, SyntheticCIFAR10(60, 10, batch_size=12, val_size=0), ckpt_path=checkpoint)
+    with open(f"{folder}-{trainer.global_rank}.json", "w") as file:
+        json.dump(model.drawn, file)
+"""
+
+
+def test_each_rank_draws_its_own(tmp_path):
+    """Without ``seed_by_rank`` all have the same dropout, and the same draws of a transform."""
+    (tmp_path / "script.py").write_text(DRAWS)
+
+    def drawn(devices, *words):
+        run([sys.executable, "-W", "ignore", "script.py", str(devices), *words])
+        return [json.loads(Path(f"{words[0]}-{rank}.json").read_text()) for rank in range(devices)]
+
+    (one,), two = drawn(1, "one"), drawn(2, "two")
+    assert two[0] == one
+    assert all(a != b for pair in zip(*two, strict=True) for a, b in zip(*pair, strict=True))
+    assert drawn(2, "resumed", "amid.ckpt") == [draws[2:] for draws in two]
+
+
 NOT_SHARED_OUT = """
 import sys
 import lightning.pytorch as pl
