@@ -1,11 +1,14 @@
 """The DataModules of images: split, batches, augmentation, state."""
 
+import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import write_npz
+from helpers import epoch_indices, write_npz
 from torchvision.transforms import v2
 
 from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10, UserError
@@ -271,6 +274,29 @@ def test_python_use_without_a_trainer():
     x, y = next(iter(data.train_dataloader()))
     assert x.shape == (8, 3, 32, 32)
     assert y.shape == (8,)
+
+
+PLAIN_LOOP = """
+import json, sys, torch
+from lit_basics import SyntheticCIFAR10
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
+data = SyntheticCIFAR10(100, 10, batch_size=20, val_size=0, with_indices=True)
+loader = data.train_dataloader()
+print(json.dumps([[indices.tolist() for _, _, indices in loader] for _ in range(2)]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_plain_loop_of_two_processes_shares_out_the_samples(tmp_path):
+    """Without ``processes()`` each takes all of them."""
+    commands = [[sys.executable, "-c", PLAIN_LOOP, str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    first, second = (json.loads(rank.communicate(timeout=200)[0]) for rank in ranks)
+    for epoch in range(2):
+        batches = [a + b for a, b in zip(first[epoch], second[epoch], strict=True)]
+        assert [index for batch in batches for index in batch] == epoch_indices(0, epoch, 100).tolist()
 
 
 def test_one_of_mean_and_std_may_be_an_array():

@@ -24,10 +24,11 @@ class RandomState(pl.Callback):
 
     Lightning saves none. Each process gets its own back, and that of its GPU, whichever that is now. Works in any
     Lightning project. Where a fit begins, it seeds each process but the first by its rank, so that dropout and random
-    transforms differ among them. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run
-    with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where ``configure_optimizers`` read
-    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, lets a ``GradientAccumulationScheduler`` go
-    on within an epoch, and warns if the number of threads, or the kind of device, is another.
+    transforms differ among them. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out,
+    when a run with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where
+    ``configure_optimizers`` read ``trainer.estimated_stepping_batches``, which makes Lightning forget it, lets a
+    ``GradientAccumulationScheduler`` go on within an epoch, and warns if the number of threads, or the kind of device,
+    is another.
     """
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
+from lit_basics.data.loader import processes
 from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator
 from lit_basics.errors import UserError
 
@@ -159,6 +160,8 @@ class ArrayLoader:
 
 class ArrayDataModule(pl.LightningDataModule):
     """Images in memory, as batches of normalised tensors; subclass it and define :meth:`load`.
+
+    Without a Trainer make each loader once: each iteration of a training loader is the next epoch.
 
     Args:
         batch_size: Size of the global batch; it must divide by the number of processes.
@@ -365,13 +368,16 @@ def no_batches() -> list[Any]:
 
 
 def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> EpochOrder:
-    """Return the order of a DataModule's samples for this process.
+    """Return the order of a DataModule's samples for this process, of its Trainer's or of ``torch.distributed``'s.
 
     Raises:
         UserError: If the batch or the samples cannot be shared out over the processes.
     """
-    trainer = data.trainer
-    share = {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+    rank, world_size = processes()
+    if data.trainer:  # its kwargs are None on one device; under tensor parallelism a group of processes is one
+        shares = data.trainer.distributed_sampler_kwargs or {}
+        rank, world_size = shares.get("rank", 0), shares.get("num_replicas", 1)
+    share = {"rank": rank, "world_size": world_size}
     return EpochOrder(size, data.batch_size, shuffle=shuffle, seed=data.seed, drop_last=data.drop_last, **share)
 
 
