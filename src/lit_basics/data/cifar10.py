@@ -119,7 +119,7 @@ class CIFAR10DataModule(ArrayDataModule):
             download(self.mirrors, archive, sha256=ARCHIVE_SHA256, size=ARCHIVE_SIZE, timeout=self.timeout)
         except UserError as error:
             raise UserError(
-                f"{error}\nwithout a network, put {ARCHIVE} into {self.data_dir}, "
+                f"{error}\nwithout a network, put {ARCHIVE} (the binary version) into {self.data_dir}, "
                 "or use --data SyntheticCIFAR10 or --data NpzDataModule --data.path FILE.npz"
             ) from error
         arrays = read_archive(archive)
