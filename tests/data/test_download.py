@@ -246,7 +246,7 @@ def test_dead_mirrors_are_all_named_in_one_line(path):
     )
 
 
-def test_a_wrong_file_that_is_there_is_named(path):
+def test_a_wrong_file_that_is_there_is_named(path, part):
     """It may have been put there by hand, as the message advises."""
     path.write_bytes(CONTENT[:HALF])
     with pytest.raises(UserError) as caught:
