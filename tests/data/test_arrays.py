@@ -1,7 +1,9 @@
 """The DataModules of images: split, batches, augmentation, state."""
 
+import errno
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -243,6 +245,19 @@ def test_npz_takes_colour_and_grey_of_any_size(tmp_path, shape):
     assert torch.equal((x * 255).round().byte().permute(0, 2, 3, 1).flatten(), torch.from_numpy(images[:5]).flatten())
     assert y.tolist() == [0, 1, 2, 3, 4]
     assert data.num_classes == 10
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError("Unable to allocate 1 TiB")])
+def test_an_npz_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch, error):
+    """A good file would be thrown away."""
+
+    def failing(*args, **kwargs):
+        raise error
+
+    data = NpzDataModule(write_npz(tmp_path / "images.npz", 40, 10))
+    monkeypatch.setattr(np, "load", failing)
+    with pytest.raises(UserError, match=f"images.npz cannot be read: {re.escape(str(error))}"):
+        data.load()
 
 
 def test_npz_equals_the_arrays_it_was_written_from(tmp_path):
