@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import epoch_indices, write_npz
+from torch import nn
 from torchvision.transforms import v2
 
 from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10, UserError
@@ -208,6 +209,24 @@ def test_arrays_on_another_device_stay_there(flip):
     order = EpochOrder(24, 8, shuffle=True)
     for x, y in ArrayLoader(images, torch.zeros(24, device="meta"), order, **options):
         assert (x.device.type, y.device.type, x.shape, y.shape) == ("meta", "meta", (8, 3, 16, 16), (8,))
+
+
+class Inverts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("white", torch.full((1, 1, 1), 255, dtype=torch.uint8))
+
+    def forward(self, images):
+        return self.white - images
+
+
+@pytest.mark.filterwarnings("ignore:transform Sequential draws at random")
+@pytest.mark.parametrize("transform", [Inverts(), nn.Sequential(v2.RandomHorizontalFlip(), Inverts())])
+def test_a_transforms_tensors_follow_the_images_to_their_device(transform):
+    data = ready(Numbered(10, mean=[0.0], std=[1.0], transform=transform))
+    data._arrays = ImageArrays(*(array.to("meta") for array in data._arrays))  # as setup does on a GPU
+    x, y = next(iter(data.train_dataloader()))
+    assert (x.device.type, x.shape, y.device.type) == ("meta", (10, 1, 8, 8), "meta")
 
 
 def test_only_training_images_are_augmented_and_transformed():

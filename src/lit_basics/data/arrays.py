@@ -281,6 +281,9 @@ class ArrayDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ArrayLoader:
         """Return the shuffled, augmented training batches."""
         arrays = self._loaded()
+        for part in self.transform.args if isinstance(self.transform, partial) else (self.transform,):
+            if isinstance(part, nn.Module):  # its buffers go where the images are
+                part.to(arrays.x_train.device)
         overfit = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return ArrayLoader(
             arrays.x_train,
