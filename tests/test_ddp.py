@@ -260,6 +260,53 @@ def test_loaders_that_are_not_shared_out_are_refused(missing, tmp_path):
     assert done.returncode == 1
 
 
+TENSOR_PARALLEL = """
+import sys
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10
+
+class Parallel(LitClassifier):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Linear(8, 10)))
+
+    def configure_model(self):
+        halves = {"1": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], halves)
+
+    def training_step(self, batch, batch_idx):
+        sys.stdout.write(f"labels {batch[1].tolist()}\\n")
+        return super().training_step(batch, batch_idx)
+
+data = SyntheticCIFAR10(20, 10, batch_size=10, val_size=0)
+if sys.argv[1] == "loader":
+    data.setup("fit")
+    data = ResumableDataLoader(list(zip(data._arrays.x_train.float(), data._arrays.y_train)), 10, shuffle=True)
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(1, 2), logger=False, max_epochs=1,
+                     enable_checkpointing=False, enable_progress_bar=False, callbacks=[RandomState()])
+trainer.fit(Parallel(), data)
+"""
+
+
+@pytest.mark.parametrize("kind", ["data", "loader"])
+def test_a_tensor_parallel_group_takes_the_same_samples(kind, tmp_path):
+    """By its global rank each process would compute its part of the layers for samples of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(TENSOR_PARALLEL)
+    command = [sys.executable, "-W", "ignore", str(script), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    labels = [line for line in done.stdout.splitlines() if line.startswith("labels")]
+    if kind == "loader":
+        assert (done.returncode, labels) == (1, []), done.stderr
+        assert "of rank 1 and world_size 2 on rank 0 of 1 that share out the data: take a torch.utils" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert len(labels) == 4
+        assert all(labels.count(line) == 2 for line in labels)
+
+
 def test_only_rank_0_writes(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
     done = run([*FIT, *words(path, tmp_path / "run"), "--config", "ddp"])
