@@ -13,7 +13,7 @@ import torch
 import yaml
 from helpers import assert_equal, fit, metrics
 
-from lit_basics import nets
+from lit_basics import SyntheticCIFAR10, nets
 from lit_basics.cli import main
 from lit_basics.config import Config
 from lit_basics.fitting import run_name
@@ -217,11 +217,33 @@ def test_test_validate_and_predict_take_a_run(tmp_path, capsys):
     with np.load(run / "predictions.npz") as file:
         assert file["outputs"].shape == (60, 10)
         classes = file["classes"]
-    from lit_basics import SyntheticCIFAR10
-
     labels = SyntheticCIFAR10(200, 60).load().y_test.numpy()
     assert float(tested["test/acc"]) == pytest.approx((classes == labels).mean(), rel=1e-5)
     assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_a_run_is_evaluated_with_its_own_mean_and_deviation(tmp_path, capsys):
+    """Measured anew, those of other training images, or of another part of them, would be applied."""
+    run = fit(*SMALL)
+    arrays = SyntheticCIFAR10(200, 60).load()
+    train, test = (x.permute(0, 2, 3, 1).numpy() for x in (arrays.x_train // 2, arrays.x_test))
+    np.savez("other.npz", x_train=train, y_train=arrays.y_train, x_test=test, y_test=arrays.y_test)
+
+    def predicted(*words):
+        assert main(["predict", "--run_dir", "run", *words]) == 0
+        with np.load(run / "predictions.npz") as file:
+            return file["outputs"]
+
+    own = predicted()
+    other = ["--data", "NpzDataModule", "--data.path", "other.npz"]
+    for words in (["--data.val_size", "0"], other):
+        assert np.array_equal(predicted(*words), own)
+    assert not np.array_equal(predicted(*other, "--data.mean", "[0.5]"), own)
+    # as older checkpoints are
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    del checkpoint["SyntheticCIFAR10"]
+    torch.save(checkpoint, "older.ckpt")
+    assert not np.array_equal(predicted(*other, "--ckpt_path", "older.ckpt"), own)
 
 
 def test_a_dry_run_does_not_block_the_real_one(tmp_path):

@@ -183,6 +183,52 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert "batch_size is 13; it must divide by the 2 processes" in done.stderr
 
 
+DRAWS = """
+import json, random, sys
+import lightning.pytorch as pl, numpy as np, torch
+from lit_basics import LitClassifier, RandomState, SyntheticCIFAR10
+
+class Draws(LitClassifier):
+    def __init__(self):
+        super().__init__(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)))
+        self.drawn = []
+
+    def training_step(self, batch, batch_idx):
+        dropped = torch.nn.functional.dropout(torch.ones(16)).tolist()
+        self.drawn.append([random.random(), np.random.random(), dropped])
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == 1 and checkpoint is None and self.trainer.world_size == 2:
+            self.trainer.save_checkpoint("amid.ckpt")
+
+if __name__ == "__main__":
+    devices, folder, *checkpoint = sys.argv[1:]
+    checkpoint = checkpoint[0] if checkpoint else None
+    pl.seed_everything(0 if checkpoint is None else 9)
+    model = Draws()
+    trainer = pl.Trainer(accelerator="cpu", devices=int(devices), strategy="ddp", logger=False, max_epochs=1,
+                         enable_checkpointing=False, enable_progress_bar=False, callbacks=[RandomState()])
+    trainer.fit(model, SyntheticCIFAR10(60, 10, batch_size=12, val_size=0), ckpt_path=checkpoint)
+    with open(f"{folder}-{trainer.global_rank}.json", "w") as file:
+        json.dump(model.drawn, file)
+"""
+
+
+def test_each_rank_draws_its_own(tmp_path):
+    """Without ``seed_by_rank`` all have the same dropout, and the same draws of a transform."""
+    (tmp_path / "script.py").write_text(DRAWS)
+
+    def drawn(devices, *words):
+        run([sys.executable, "-W", "ignore", "script.py", str(devices), *words])
+        return [json.loads(Path(f"{words[0]}-{rank}.json").read_text()) for rank in range(devices)]
+
+    (one,), two = drawn(1, "one"), drawn(2, "two")
+    assert two[0] == one
+    assert all(a != b for pair in zip(*two, strict=True) for a, b in zip(*pair, strict=True))
+    assert drawn(2, "resumed", "amid.ckpt") == [draws[2:] for draws in two]
+
+
 NOT_SHARED_OUT = """
 import sys
 import lightning.pytorch as pl
@@ -212,6 +258,53 @@ def test_loaders_that_are_not_shared_out_are_refused(missing, tmp_path):
             f"UserError: the loader's EpochOrder is of rank 0 and world_size {size} on rank {rank} of 2" in done.stderr
         )
     assert done.returncode == 1
+
+
+TENSOR_PARALLEL = """
+import sys
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10
+
+class Parallel(LitClassifier):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Linear(8, 10)))
+
+    def configure_model(self):
+        halves = {"1": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], halves)
+
+    def training_step(self, batch, batch_idx):
+        sys.stdout.write(f"labels {batch[1].tolist()}\\n")
+        return super().training_step(batch, batch_idx)
+
+data = SyntheticCIFAR10(20, 10, batch_size=10, val_size=0)
+if sys.argv[1] == "loader":
+    data.setup("fit")
+    data = ResumableDataLoader(list(zip(data._arrays.x_train.float(), data._arrays.y_train)), 10, shuffle=True)
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(1, 2), logger=False, max_epochs=1,
+                     enable_checkpointing=False, enable_progress_bar=False, callbacks=[RandomState()])
+trainer.fit(Parallel(), data)
+"""
+
+
+@pytest.mark.parametrize("kind", ["data", "loader"])
+def test_a_tensor_parallel_group_takes_the_same_samples(kind, tmp_path):
+    """By its global rank each process would compute its part of the layers for samples of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(TENSOR_PARALLEL)
+    command = [sys.executable, "-W", "ignore", str(script), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    labels = [line for line in done.stdout.splitlines() if line.startswith("labels")]
+    if kind == "loader":
+        assert (done.returncode, labels) == (1, []), done.stderr
+        assert "of rank 1 and world_size 2 on rank 0 of 1 that share out the data: take a torch.utils" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert len(labels) == 4
+        assert all(labels.count(line) == 2 for line in labels)
 
 
 def test_only_rank_0_writes(tmp_path):

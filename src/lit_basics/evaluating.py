@@ -38,7 +38,7 @@ def evaluate(command: str, args: list[str]) -> None:
         check_writable(next(there for there in (folder, *folder.parents) if there.exists()), elsewhere)
     config.config.trainer.logger = False  # not even made: its package may be missing here
     config.build()
-    loaded = load_weights(config.model, path)
+    loaded = load_weights(config.model, path, config.datamodule)
     # max_epochs counts for nothing here, but Lightning warns where it is not given
     bare = {"logger": False, "enable_checkpointing": False, "max_epochs": 1}
     arguments = with_progress_bar({**config.trainer_arguments, **bare})

@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
 
+from lit_basics.data.loader import GlobalBatches
 from lit_basics.data.order import EpochOrder
 from lit_basics.errors import UserError
 
@@ -25,15 +26,18 @@ def check_shared_out(trainer: Any, loaders: Any) -> None:
     shares = trainer.distributed_sampler_kwargs or {}
     rank, processes = shares.get("rank", 0), shares.get("num_replicas", 1)
     for loader in CombinedLoader(loaders).flattened:
-        order = getattr(loader, "sampler", None)
+        sampler: Any = getattr(loader, "sampler", None)
+        order = sampler.order if isinstance(sampler, GlobalBatches) else sampler
         if not isinstance(order, EpochOrder):
             continue
+        way_out = "give it rank and world_size, or the DataModule to the Trainer"
+        if order is not sampler:  # it counts all processes, those of a tensor-parallel group too
+            way_out = "take a torch.utils.data.DataLoader"
         wrong = (order.rank, order.world_size) != (rank, processes)
         if trainer.strategy.reduce_boolean_decision(wrong, all=False):  # one rank alone would let the others wait
             raise UserError(
                 f"the loader's EpochOrder is of rank {order.rank} and world_size {order.world_size} on rank {rank} of "
-                f"{processes}, and each process needs its own: give it rank and world_size, or the DataModule to the "
-                "Trainer (use_distributed_sampler=False leaves it as it is)"
+                f"{processes} that share out the data: {way_out} (use_distributed_sampler=False leaves it as it is)"
             )
 
 

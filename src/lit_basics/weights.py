@@ -2,16 +2,23 @@
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_basics.checkpoint_files import load_checked
+from lit_basics.data.arrays import MEAN, ArrayDataModule
 from lit_basics.errors import UserError
 
 
-def load_weights(model: pl.LightningModule, path: Path) -> bool:
+def load_weights(model: pl.LightningModule, path: Path, data: Any = None) -> bool:
     """Load a checkpoint's weights, but not into a module that is not complete yet, which Lightning does later.
+
+    Args:
+        model: The module.
+        path: The file.
+        data: A DataModule to be evaluated on; one of images is to normalise them as the checkpoint's run did.
 
     Returns:
         Whether they are loaded.
@@ -20,6 +27,10 @@ def load_weights(model: pl.LightningModule, path: Path) -> bool:
         UserError: If the file is no checkpoint, is damaged, or is of another model.
     """
     checkpoint = load_checked(path)
+    # Lightning looks under the class of this DataModule, and the run's may be another
+    state = next((part for part in checkpoint.values() if isinstance(part, dict) and MEAN in part), None)
+    if state and isinstance(data, ArrayDataModule):
+        data.load_state_dict(state)
     if any(is_overridden(hook, model) for hook in ("configure_model", "setup", "on_load_checkpoint")):
         return False  # layers, or the checkpoint's names, may be made there
     try:

@@ -1,11 +1,17 @@
 """The DataModules of images: split, batches, augmentation, state."""
 
+import errno
+import json
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import write_npz
+from helpers import epoch_indices, write_npz
+from torch import nn
 from torchvision.transforms import v2
 
 from lit_basics import ArrayDataModule, ArrayLoader, EpochOrder, ImageArrays, NpzDataModule, SyntheticCIFAR10, UserError
@@ -51,6 +57,8 @@ def test_a_random_transform_can_be_pickled():
         ({"x_test": torch.zeros(10, 1, 8, 8, dtype=torch.uint16)}, "x_test as torch.uint16"),
         ({"x_train": torch.zeros(100, 8, 8, dtype=torch.uint8)}, r"x_train as torch.uint8 \(100, 8, 8\)"),
         ({"x_test": np.zeros((10, 1, 8, 8), np.uint8)}, "x_test as ndarray"),
+        ({"y_train": list(range(100))}, "y_train as list; it must be a tensor"),
+        ({"y_test": np.arange(10)}, "y_test as ndarray"),
         ({"y_train": torch.arange(99)}, "100 images in x_train, but 99 labels in y_train"),
         ({"y_test": torch.arange(11)}, "10 images in x_test, but 11 labels in y_test"),
     ],
@@ -93,6 +101,22 @@ def test_statistics_are_those_of_the_training_images():
     x = torch.cat([data.normalize(data._arrays.x_train[data._train])])
     assert torch.allclose(x.double().mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(x.double().std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), atol=1e-6)
+
+
+def test_a_checkpoint_has_the_statistics_and_those_given_win():
+    """Otherwise other images, here without the validation images, are normalised by their own."""
+    trained, other = ready(SyntheticCIFAR10(200, 10, val_size=50)), {"train_images": 100, "test_images": 10}
+    for state in (trained.state_dict(), {}):
+        for early in (True, False):
+            data, mean = SyntheticCIFAR10(**other), SyntheticCIFAR10(**other, mean=[0.5])
+            for one in (data, mean):
+                if not early:
+                    one.setup("test")  # Lightning restores after it
+                one.load_state_dict(state)
+                assert torch.equal(ready(one).normalize.std, trained.normalize.std) == bool(state)
+            assert torch.equal(data.normalize.mean, trained.normalize.mean) == bool(state)
+            assert mean.normalize.mean.flatten().tolist() == [0.5]
+    assert SyntheticCIFAR10().state_dict() == {}
 
 
 def test_channel_statistics_are_exact():
@@ -187,6 +211,24 @@ def test_arrays_on_another_device_stay_there(flip):
         assert (x.device.type, y.device.type, x.shape, y.shape) == ("meta", "meta", (8, 3, 16, 16), (8,))
 
 
+class Inverts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("white", torch.full((1, 1, 1), 255, dtype=torch.uint8))
+
+    def forward(self, images):
+        return self.white - images
+
+
+@pytest.mark.filterwarnings("ignore:transform Sequential draws at random")
+@pytest.mark.parametrize("transform", [Inverts(), nn.Sequential(v2.RandomHorizontalFlip(), Inverts())])
+def test_a_transforms_tensors_follow_the_images_to_their_device(transform):
+    data = ready(Numbered(10, mean=[0.0], std=[1.0], transform=transform))
+    data._arrays = ImageArrays(*(array.to("meta") for array in data._arrays))  # as setup does on a GPU
+    x, y = next(iter(data.train_dataloader()))
+    assert (x.device.type, x.shape, y.device.type) == ("meta", (10, 1, 8, 8), "meta")
+
+
 def test_only_training_images_are_augmented_and_transformed():
     data = ready(Numbered(10, mean=[0.0], std=[1.0], crop=2, flip=True, transform=lambda x: 255 - x))
     for x, y in data.val_dataloader():
@@ -224,6 +266,19 @@ def test_npz_takes_colour_and_grey_of_any_size(tmp_path, shape):
     assert data.num_classes == 10
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError("Unable to allocate 1 TiB")])
+def test_an_npz_that_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch, error):
+    """A good file would be thrown away."""
+
+    def failing(*args, **kwargs):
+        raise error
+
+    data = NpzDataModule(write_npz(tmp_path / "images.npz", 40, 10))
+    monkeypatch.setattr(np, "load", failing)
+    with pytest.raises(UserError, match=f"images.npz cannot be read: {re.escape(str(error))}"):
+        data.load()
+
+
 def test_npz_equals_the_arrays_it_was_written_from(tmp_path):
     path = write_npz(tmp_path / "images.npz", 40, 10)
     for loaded, drawn in zip(NpzDataModule(path).load(), SyntheticCIFAR10(40, 10).load(), strict=True):
@@ -253,6 +308,29 @@ def test_python_use_without_a_trainer():
     x, y = next(iter(data.train_dataloader()))
     assert x.shape == (8, 3, 32, 32)
     assert y.shape == (8,)
+
+
+PLAIN_LOOP = """
+import json, sys, torch
+from lit_basics import SyntheticCIFAR10
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
+data = SyntheticCIFAR10(100, 10, batch_size=20, val_size=0, with_indices=True)
+loader = data.train_dataloader()
+print(json.dumps([[indices.tolist() for _, _, indices in loader] for _ in range(2)]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_plain_loop_of_two_processes_shares_out_the_samples(tmp_path):
+    """Without ``processes()`` each takes all of them."""
+    commands = [[sys.executable, "-c", PLAIN_LOOP, str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    first, second = (json.loads(rank.communicate(timeout=200)[0]) for rank in ranks)
+    for epoch in range(2):
+        batches = [a + b for a, b in zip(first[epoch], second[epoch], strict=True)]
+        assert [index for batch in batches for index in batch] == epoch_indices(0, epoch, 100).tolist()
 
 
 def test_one_of_mean_and_std_may_be_an_array():

@@ -246,6 +246,15 @@ def test_dead_mirrors_are_all_named_in_one_line(path):
     )
 
 
+def test_a_wrong_file_that_is_there_is_named(path, part):
+    """It may have been put there by hand, as the message advises."""
+    path.write_bytes(CONTENT[:HALF])
+    with pytest.raises(UserError) as caught:
+        fetch(path, url := dead_url())
+    assert str(caught.value) == f"file cannot be downloaded: {path}: wrong checksum; {url}: Connection refused"
+    assert path.read_bytes() == CONTENT[:HALF]
+
+
 def test_no_mirror(path):
     with pytest.raises(UserError, match="no mirror is given"):
         fetch(path)

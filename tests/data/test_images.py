@@ -23,6 +23,22 @@ def test_normalized_values_equal_torchvisions_bit_for_bit(mean, std):
     assert torch.equal(Normalize(mean, std, 3)(IMAGES), torch.stack(expected))
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([125.3, 123.0, 113.9], [0.2], r"mean is \[125.3, 123.0, 113.9\]; it is of pixels in \[0, 1\]: divide"),
+        ([-0.5], [0.5], r"mean is \[-0.5\]"),
+        ([float("nan")], [0.5], r"mean is \[nan\]"),
+        ([0.5], [63.0], r"std is \[63.0\]; it is of pixels"),
+        ([0.5], [0.0], "it must be positive"),
+    ],
+)
+def test_numbers_of_another_scale_are_refused(mean, std, message):
+    """All images would be nearly the same, and training would hardly learn."""
+    with pytest.raises(UserError, match=message):
+        Normalize(mean, std, 3)
+
+
 @pytest.mark.parametrize("count", [0, 1, 64, 150])
 def test_a_batch_of_any_size_is_normalized_as_its_images_are(count):
     """It is worked on in parts."""

@@ -84,7 +84,21 @@ def test_what_is_set_on_the_loaders_dataset_is_set_on_the_dataset():
     loader.dataset.transform = "another"
     assert dataset.transform == loader.dataset.transform == "another"
     copy = pickle.loads(pickle.dumps(loader.dataset))
-    assert (copy.transform, copy.seed) == ("another", 0)
+    assert copy.transform == copy.dataset.transform == "another"
+
+
+def seed_the_dataset(worker):
+    torch.utils.data.get_worker_info().dataset.seed = worker
+
+
+def test_a_seed_of_the_datasets_own_is_not_the_loaders():
+    """As an attribute of the wrapper it would be set there, and the draws depend on the worker."""
+    two = batches_of(num_workers=2)
+    assert batches_of(num_workers=2, worker_init_fn=seed_the_dataset) == two
+    dataset = Noisy()
+    for name in ("seed", "batch_size", "collate_fn"):
+        setattr(ResumableDataLoader(dataset, batch_size=4).dataset, name, "own")
+        assert getattr(dataset, name) == "own"
 
 
 def test_the_order_is_that_of_an_epoch_order():

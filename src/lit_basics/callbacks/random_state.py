@@ -24,10 +24,12 @@ class RandomState(pl.Callback):
     """Saves the state of Python's, NumPy's and torch's generators, and of the device's; restores it on a resume.
 
     Lightning saves none. Each process gets its own back, and that of its GPU, whichever that is now. Works in any
-    Lightning project. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out, when a run
-    with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where ``configure_optimizers`` read
-    ``trainer.estimated_stepping_batches``, which makes Lightning forget it, lets a ``GradientAccumulationScheduler`` go
-    on within an epoch, and warns if the number of threads, or the kind of device, is another.
+    Lightning project. Where a fit begins, it seeds each process but the first by its rank, so that dropout and random
+    transforms differ among them. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out,
+    when a run with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where
+    ``configure_optimizers`` read ``trainer.estimated_stepping_batches``, which makes Lightning forget it, lets a
+    ``GradientAccumulationScheduler`` go on within an epoch, and warns if the number of threads, or the kind of device,
+    is another.
     """
 
     def __init__(self) -> None:
@@ -61,7 +63,7 @@ class RandomState(pl.Callback):
         self._loader_states = states_of_loaders(checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore this rank's states after a resume.
+        """Restore this rank's states after a resume, or seed by its rank.
 
         Raises:
             UserError: If the training loader is not shared out over the processes.
@@ -79,6 +81,10 @@ class RandomState(pl.Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
                 if isinstance(callback, GradientAccumulationScheduler):
                     callback.on_train_epoch_start(trainer)
+        # of those that share out the data: within a tensor-parallel group all draw the same
+        rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+        if rank and (self._loaded is None or len(self._loaded) != trainer.world_size):
+            seed_by_rank(rank)
         if self._loaded is None:
             return
         if len(self._loaded) == trainer.world_size:
@@ -120,6 +126,14 @@ class RandomState(pl.Callback):
         if self._loaded is not None and len(self._loaded) == trainer.world_size:
             set_generator_states(self._loaded[trainer.global_rank], trainer.strategy.root_device)
         self.on_fit_end(trainer, pl_module)
+
+
+def seed_by_rank(rank: int) -> None:
+    """Seed this process's generators from torch's seed, which all processes have in common, and its rank."""
+    seeds = np.random.SeedSequence((torch.initial_seed(), rank)).generate_state(3, np.uint64)
+    random.seed(int(seeds[0]))
+    np.random.seed(int(seeds[1]) >> 32)
+    torch.manual_seed(int(seeds[2]) >> 1)  # those of the devices too
 
 
 def generator_states(device: torch.device = CPU) -> dict[str, Any]:

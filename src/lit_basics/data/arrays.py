@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
+from lit_basics.data.loader import processes
 from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator
 from lit_basics.errors import UserError
 
 Transform = nn.Module | Callable[[Tensor], Any]
 """Makes images of images; not ``Tensor``, of which jsonargparse would want a class to be a subclass."""
 Flip = bool | Literal["alternating"]
+MEAN, STD = "image_mean", "image_std"
+"""The keys of a DataModule's state."""
 
 
 _readers: weakref.WeakKeyDictionary[EpochOrder, int] = weakref.WeakKeyDictionary()  # the loader that iterates each
@@ -158,12 +161,14 @@ class ArrayLoader:
 class ArrayDataModule(pl.LightningDataModule):
     """Images in memory, as batches of normalised tensors; subclass it and define :meth:`load`.
 
+    Without a Trainer make each loader once: each iteration of a training loader is the next epoch.
+
     Args:
         batch_size: Size of the global batch; it must divide by the number of processes.
         val_size: Validation images taken from the training images: a fraction (float) or a number (int).
         seed: Seed of the validation split, of the order and of crop, flip and cutout of each epoch.
-        mean: Mean of each channel of pixels in [0, 1]; of the training images by default.
-        std: Standard deviation of each channel; of the training images by default.
+        mean: Mean of each channel of pixels in [0, 1]; of the training images by default, or a checkpoint's.
+        std: Standard deviation of each channel; of the training images by default, or a checkpoint's.
         crop: Largest random shift of a training image, in pixels, filled in by reflection.
         flip: Whether training images are mirrored at random; ``alternating``: at random in the first epoch, and
             then the other way in each next one (https://arxiv.org/abs/2404.00498).
@@ -258,9 +263,27 @@ class ArrayDataModule(pl.LightningDataModule):
         self.normalize = Normalize(mean, std, arrays.x_train.shape[1])
         return arrays, train, held_out
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mean and the standard deviation that images are normalised by; nothing before ``setup``."""
+        if self._arrays is None:
+            return {}
+        return {MEAN: self.normalize.mean.flatten().tolist(), STD: self.normalize.std.flatten().tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Normalise as the run did that the state is of, whatever these images are, but as ``mean`` and ``std`` say."""
+        if MEAN not in state_dict:  # an older subclass's
+            return
+        self.mean = state_dict[MEAN] if self.mean is None else self.mean
+        self.std = state_dict[STD] if self.std is None else self.std
+        if self._arrays is not None:
+            self.normalize = Normalize(self.mean, self.std, self._arrays.x_train.shape[1])
+
     def train_dataloader(self) -> ArrayLoader:
         """Return the shuffled, augmented training batches."""
         arrays = self._loaded()
+        for part in self.transform.args if isinstance(self.transform, partial) else (self.transform,):
+            if isinstance(part, nn.Module):  # its buffers go where the images are
+                part.to(arrays.x_train.device)
         overfit = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
         return ArrayLoader(
             arrays.x_train,
@@ -321,12 +344,14 @@ def check_arrays(arrays: ImageArrays, name: str) -> None:
         name: The DataModule's class.
 
     Raises:
-        UserError: If images are not uint8 (N, C, H, W), or there are not as many labels.
+        UserError: If images are not uint8 (N, C, H, W), or labels are no tensor, or not as many.
     """
     for split, x, y in (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test)):
         if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UserError(f"{name}.load returns x_{split} as {what}; it must be a uint8 tensor (N, C, H, W)")
+        if not isinstance(y, Tensor):
+            raise UserError(f"{name}.load returns y_{split} as {type(y).__name__}; it must be a tensor (N,)")
         if len(y) != len(x):
             raise UserError(f"{name}.load returns {len(x)} images in x_{split}, but {len(y)} labels in y_{split}")
 
@@ -346,13 +371,16 @@ def no_batches() -> list[Any]:
 
 
 def epoch_order(data: ArrayDataModule | Any, size: int, *, shuffle: bool) -> EpochOrder:
-    """Return the order of a DataModule's samples for this process.
+    """Return the order of a DataModule's samples for this process, of its Trainer's or of ``torch.distributed``'s.
 
     Raises:
         UserError: If the batch or the samples cannot be shared out over the processes.
     """
-    trainer = data.trainer
-    share = {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
+    rank, world_size = processes()
+    if data.trainer:  # its kwargs are None on one device; under tensor parallelism a group of processes is one
+        shares = data.trainer.distributed_sampler_kwargs or {}
+        rank, world_size = shares.get("rank", 0), shares.get("num_replicas", 1)
+    share = {"rank": rank, "world_size": world_size}
     return EpochOrder(size, data.batch_size, shuffle=shuffle, seed=data.seed, drop_last=data.drop_last, **share)
 
 

@@ -22,7 +22,6 @@ FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bi
 RECORDS = 10_000
 """Records of each file: a label and an image of 3 · 32 · 32 pixels, uint8."""
 IMAGE = (3, 32, 32)
-CLASSES = 10
 MIRRORS = (
     f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}",
     f"https://cave.cs.toronto.edu/kriz/{ARCHIVE}",
@@ -47,6 +46,9 @@ class CIFAR10DataModule(ArrayDataModule):
     Raises:
         UserError: If ``timeout`` is not positive.
     """
+
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    """Their names, in the order of the labels."""
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class CIFAR10DataModule(ArrayDataModule):
             download(self.mirrors, archive, sha256=ARCHIVE_SHA256, size=ARCHIVE_SIZE, timeout=self.timeout)
         except UserError as error:
             raise UserError(
-                f"{error}\nwithout a network, put {ARCHIVE} into {self.data_dir}, "
+                f"{error}\nwithout a network, put {ARCHIVE} (the binary version) into {self.data_dir}, "
                 "or use --data SyntheticCIFAR10 or --data NpzDataModule --data.path FILE.npz"
             ) from error
         arrays = read_archive(archive)
@@ -205,9 +207,10 @@ def _checked(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_tes
     Raises:
         ValueError: If a shape, a dtype or a label is not CIFAR-10's.
     """
+    classes = len(CIFAR10DataModule.classes)
     for x, y, count in ((x_train, y_train, (len(FILES) - 1) * RECORDS), (x_test, y_test, RECORDS)):
         if (x.shape, y.shape) != ((count, *IMAGE), (count,)) or x.dtype != np.uint8 or y.dtype != np.int64:
             raise ValueError(f"{x.dtype} images of shape {x.shape}, {y.dtype} labels of shape {y.shape}")
-        if y.min() < 0 or y.max() >= CLASSES:
-            raise ValueError(f"labels from {y.min()} to {y.max()}; there are {CLASSES} classes")
+        if y.min() < 0 or y.max() >= classes:
+            raise ValueError(f"labels from {y.min()} to {y.max()}; there are {classes} classes")
     return ImageArrays(*(torch.from_numpy(array) for array in (x_train, y_train, x_test, y_test)))

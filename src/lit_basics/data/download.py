@@ -42,15 +42,17 @@ def download(urls: Sequence[str], path: str | Path, *, sha256: str, size: int, t
             given up.
 
     Raises:
-        UserError: If no mirror gave the file; names each with its reason.
+        UserError: If no mirror gave the file; names each with its reason, and a wrong file that is there already.
         OSError: If the folder cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     reasons = []
-    if path.exists() and file_sha256(path) == sha256:
-        return
+    if path.exists():
+        if file_sha256(path) == sha256:
+            return
+        reasons.append(f"{path}: wrong checksum")
     for url in urls:
         try:
             _complete(part, url, sha256, size, timeout)

@@ -79,7 +79,7 @@ class ResumableDataLoader(DataLoader[Any]):
             del settings["sampler"]
         if isinstance(dataset, SeededBatches):
             settings.pop("generator", None)
-            batch_size, seed, collate_fn = dataset.batch_size, dataset.seed, dataset.collate_fn
+            batch_size, seed, collate_fn = dataset._arguments
             dataset = dataset.dataset
         check_dataset(dataset)
         for name, reason in REFUSED.items():
@@ -174,7 +174,8 @@ class SeededBatches(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, batch_size: int, seed: int, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.batch_size, self.seed, self.collate_fn = dataset, batch_size, seed, collate_fn
+        self.dataset = dataset
+        self._arguments = batch_size, seed, collate_fn  # by this name, since a dataset may have a seed of its own
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -186,7 +187,7 @@ class SeededBatches(Dataset[Any]):
         return getattr(self.dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("dataset", "batch_size", "seed", "collate_fn"):
+        if name in ("dataset", "_arguments"):
             super().__setattr__(name, value)
         else:  # as of a worker_init_fn that opens a file, or another transform from now on
             setattr(self.dataset, name, value)
@@ -194,13 +195,14 @@ class SeededBatches(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         """Return the batch of a key; the process's generators are afterwards what they were."""
         epoch, indices = key
+        _, seed, collate_fn = self._arguments
         kept = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
         try:
             samples = []
             for index in indices:
-                seed_generators(self.seed, epoch, index)
+                seed_generators(seed, epoch, index)
                 samples.append(self.dataset[index])
-            return self.collate_fn(samples)
+            return collate_fn(samples)
         finally:
             random.setstate(kept[0])
             np.random.set_state(kept[1])

@@ -37,7 +37,7 @@ class NpzDataModule(ArrayDataModule):
         """Read and check the file.
 
         Raises:
-            UserError: If it is damaged, lacks a key, or holds arrays of a wrong kind.
+            UserError: If it cannot be read, is damaged, lacks a key, or holds arrays of a wrong kind.
         """
         try:
             # a file of our own: np.load leaves its one open where the content is not a zip
@@ -53,7 +53,9 @@ class NpzDataModule(ArrayDataModule):
             reason = first_line(error)
             if "pickle" in reason.lower():
                 reason = "it holds pickled objects, which are never loaded"
-            raise UserError(f"{self.path} is damaged or not an .npz file: {reason}") from error
+            of_machine = isinstance(error, MemoryError) or getattr(error, "errno", None)  # and not of the file
+            what = "cannot be read" if of_machine else "is damaged or not an .npz file"
+            raise UserError(f"{self.path} {what}: {reason}") from error
         x_train, x_test = self._images(arrays, "x_train"), self._images(arrays, "x_test")
         if x_train.shape[1:] != x_test.shape[1:]:
             raise UserError(
