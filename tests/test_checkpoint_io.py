@@ -8,6 +8,7 @@ import shutil
 import stat
 import threading
 import time
+import warnings
 from collections import OrderedDict, UserDict, defaultdict, deque
 from datetime import datetime
 from importlib.metadata import version
@@ -442,6 +443,23 @@ def test_whatever_no_load_takes_is_named_at_the_first_save(key, value, warning, 
     io.save_checkpoint({**checkpoint(1), key: value}, path)
     with pytest.raises(UserError, match="holds objects that a safe load refuses"):
         io.load_checkpoint(path)
+
+
+def test_what_no_load_takes_and_comes_later_is_named_once(tmp_path):
+    """Looked for at the first save alone, every checkpoint after the warm-up is one that cannot be loaded."""
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2 if step < 2 else np.sqrt(1 / step))
+    said = []
+    for _ in range(8):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            io.save_checkpoint({**checkpoint(1), "optimizer_states": [optimizer.state_dict()]}, path)
+        said.append([str(warning.message) for warning in caught if "cannot be loaded" in str(warning.message)])
+        optimizer.step()
+        warm_up.step()
+    assert [len(messages) for messages in said] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert "['lr'], a float64, " in said[3][0]
 
 
 def test_what_a_load_takes_is_not_warned_of(tmp_path):

@@ -26,6 +26,8 @@ LARGE = 1 << 16
 """Bytes of a tensor from which new memory takes longer than to look for memory that is there."""
 MOST = 10
 """The most entries that a warning each names."""
+LOOK_SECONDS = 60.0
+"""A save this long after the last look is looked at for what no load would take, beside the 1st, 2nd, 4th, 8th, …"""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -34,7 +36,8 @@ class DurableCheckpointIO(CheckpointIO):
     A checkpoint is staged beside its target, synchronised to the disk, read back, and renamed. The one before
     it stays as ``<name>.previous``, and ``<name>.sha256`` holds the checksums of both. A load checks them: a
     damaged file is named and the previous one used. Nothing in a file is ever run (``weights_only``, whatever is asked
-    for); at the first save a warning names hyper-parameters and other entries with which no load would take the file.
+    for); a warning names hyper-parameters and other entries with which no load would take the file: at the first save,
+    or soon after they appear.
 
     Usable alone: ``Trainer(plugins=[DurableCheckpointIO()])``.
 
@@ -52,7 +55,9 @@ class DurableCheckpointIO(CheckpointIO):
         self._pool: ThreadPoolExecutor | None = None
         self._in_flight: Future[None] | None = None
         self._process = os.getpid()
-        self._looked = False  # for what no load would take
+        self._saves = 0
+        self._looked_at = float("-inf")  # for what no load would take
+        self._refused = False  # such a thing was found
         self._held: dict[Path, dict[str, Any]] = {}
         self._memory: dict[str, Tensor] = {}  # of the last copy that the thread was given
         self._written: dict[Path, float] = {}
@@ -76,14 +81,7 @@ class DurableCheckpointIO(CheckpointIO):
         target, state = local_path(path), dict(checkpoint)
         if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
             state[VERSION] = installed("lit_basics")
-        if not self._looked:
-            self._looked = True
-            for keys, value in itertools.islice(refused_in(state, set()), MOST):
-                what, advice = described(keys, value)
-                rank_zero_warn(
-                    f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
-                    f"runs no code: {advice}"
-                )
+        self._look_at(state)
         if self._is_young(target):
             self._held[target] = copied(state)
         else:
@@ -93,6 +91,21 @@ class DurableCheckpointIO(CheckpointIO):
                     self._memory = {}  # the thread still reads it
                 state = copied(state, self._memory)
             self._write(target, state)
+
+    def _look_at(self, state: dict[str, Any]) -> None:
+        """Warn of what no load would take; a learning rate, or a list of losses, may hold it only later."""
+        self._saves += 1
+        due = self._saves.bit_count() == 1 or time.monotonic() - self._looked_at >= LOOK_SECONDS
+        if self._refused or not due:
+            return
+        self._looked_at = time.monotonic()
+        for keys, value in itertools.islice(refused_in(state, set()), MOST):
+            self._refused = True
+            what, advice = described(keys, value)
+            rank_zero_warn(
+                f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
+                f"runs no code: {advice}"
+            )
 
     def _is_young(self, path: Path) -> bool:
         return time.monotonic() - self._written.get(path, float("-inf")) < self.min_seconds
