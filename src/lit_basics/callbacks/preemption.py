@@ -57,6 +57,7 @@ class Preemption(Checkpoint):
     def __init__(self, last: LastCheckpoint) -> None:
         self._last = last
         self._signal = 0
+        self._leaving = 0  # the signal for which the state is saved
         self._interrupted_at = float("inf")
         self._requeues = False
         self._telling = 0  # the process that tells of a Ctrl-C
@@ -108,7 +109,7 @@ class Preemption(Checkpoint):
         path, own = self._last.path, self._last.best_model_path  # of an earlier fit of this process
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and not own and path.exists():
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
-        self._signal, self._interrupted_at = 0, float("inf")
+        self._signal, self._leaving, self._interrupted_at = 0, 0, float("inf")
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -138,14 +139,26 @@ class Preemption(Checkpoint):
         """Leave if a signal came, unless an epoch's end or a validation follows at once."""
         # ranks must ask each other; one alone knows
         if (self._signal or trainer.world_size > 1) and at_step_boundary(trainer):
-            self._leave_if_signalled(trainer)
+            self._save_if_signalled(trainer)
+            if self._leaving:
+                # Lightning logs the step after this hook, and has no other one before it draws the next batch
+                trainer._logger_connector.update_train_step_metrics()
+                self._leave_if_saved(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave if a signal came."""
+        """Save if a signal came; Lightning has yet to log the epoch."""
         compute_logged(trainer)
-        self._leave_if_signalled(trainer)
+        self._save_if_signalled(trainer)
 
-    def _leave_if_signalled(self, trainer: pl.Trainer) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave if the state was saved at the end of the epoch before."""
+        self._leave_if_saved(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave if it was saved at the end of the last epoch: the training is complete."""
+        self._leave_if_saved(trainer)
+
+    def _save_if_signalled(self, trainer: pl.Trainer) -> None:
         number = _highest(self._signal, trainer)
         if not number:
             return
@@ -154,9 +167,14 @@ class Preemption(Checkpoint):
         trainer.strategy.barrier()
         if number == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
             _requeue()
+        self._leaving = number
+
+    def _leave_if_saved(self, trainer: pl.Trainer) -> None:
+        if not self._leaving:
+            return
         if trainer.world_size > 1:
             let_launcher_leave(trainer.world_size)
-        raise Preempted(128 + number)
+        raise Preempted(128 + self._leaving)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the earlier handlers back: Lightning's, which puts back those before its own later on."""
