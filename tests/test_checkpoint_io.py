@@ -17,9 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import quiet_trainer
 from torch import nn
 
-from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LastCheckpoint, UserError, checkpoint_io
+from lit_basics import (
+    BestLossCheckpoint,
+    DurableCheckpointIO,
+    LastCheckpoint,
+    LinearDataModule,
+    LitLinearRegression,
+    UserError,
+    checkpoint_io,
+)
 from lit_basics.checkpoint_files import VERSION, check_versions, checksum_path, previous_path
 from lit_basics.checkpoint_io import copied
 from lit_basics.nested import tensors_in
@@ -496,3 +505,17 @@ def test_a_remote_folder_is_refused(use, tmp_path):
         with pytest.raises(UserError, match=rf"^{path} is remote, and checkpoints are written to local files only"):
             use(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_folder_is_that_of_lightning(tmp_path, monkeypatch):
+    """Without ``expanduser`` a folder named ~ is made where the process stands."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    last, best = LastCheckpoint("~/r"), BestLossCheckpoint("~/r", weights_path="~/w/best.pth")
+    trainer = quiet_trainer(last, best, plugins=[DurableCheckpointIO()], enable_checkpointing=True)
+    trainer.fit(LitLinearRegression(), LinearDataModule())
+    trainer.save_checkpoint("~/a.ckpt")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".pth")}
+    assert files == {"home/r/best.ckpt", "home/r/last.ckpt", "home/w/best.pth", "home/a.ckpt"}
+    trainer.strategy.checkpoint_io.load_checkpoint("~/a.ckpt")
+    trainer.strategy.checkpoint_io.remove_checkpoint("~/a.ckpt")
+    assert not (tmp_path / "home" / "a.ckpt").exists()

@@ -164,10 +164,11 @@ class DurableCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint with the one before it."""
-        self._held.pop(Path(path), None)
-        self._written.pop(Path(path), None)
+        path = local_path(path)
+        self._held.pop(path, None)
+        self._written.pop(path, None)
         self._finish_write()
-        for file in (Path(path), previous_path(Path(path)), checksum_path(Path(path))):
+        for file in (path, previous_path(path), checksum_path(path)):
             file.unlink(missing_ok=True)
 
     def teardown(self) -> None:

@@ -13,14 +13,14 @@ from lit_basics.errors import UserError
 
 
 def local_path(path: str | Path) -> Path:
-    """Return a path of this machine.
+    """Return a path of this machine, with ``~`` expanded as Lightning does.
 
     Raises:
         UserError: If it is remote (``s3://…``), of which ``Path`` would make a local folder ``s3:``.
     """
     if re.match(r"\w+:/", str(path)):  # a Path has one of its slashes only
         raise UserError(f"{path} is remote, and checkpoints are written to local files only: mount it, or copy them")
-    return Path(path)
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for a user that is not known
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class BestLossCheckpoint(ModelCheckpoint):
     def weights_path(self) -> Path:
         """The file of the plain weights."""
         assert self.dirpath is not None
-        return Path(self._weights_path or local_path(self.dirpath) / "best.pth")
+        return local_path(self._weights_path or Path(self.dirpath) / "best.pth")
 
     def default_to(self, dirpath: str, weights_path: str) -> None:
         """Write there, if no ``dirpath`` was given."""
