@@ -1,6 +1,7 @@
 """BestLossCheckpoint and LastCheckpoint; the tutorial's mistakes are tested with system E."""
 
 import json
+import shutil
 import time
 from functools import partial
 
@@ -9,10 +10,18 @@ import pytest
 import torch
 from helpers import assert_equal, fit, metrics, quiet_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateFinder
 from torch import nn
 
-from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LitBlitzNet, LitClassifier, SyntheticCIFAR10
+from lit_basics import (
+    BestLossCheckpoint,
+    DurableCheckpointIO,
+    LinearDataModule,
+    LitBlitzNet,
+    LitClassifier,
+    LitLinearRegression,
+    SyntheticCIFAR10,
+)
 from lit_basics.callbacks import last
 from lit_basics.cli import main
 
@@ -484,6 +493,28 @@ def test_a_save_that_fails_leaves_the_plain_weights_of_the_one_before(tmp_path, 
     with pytest.raises(OSError, match="no space left"):
         fitted.fit(module, datamodule=data(val_size=16))
     assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), before)
+
+
+def test_weights_that_cannot_be_written_leave_the_first_exception(tmp_path):
+    """Raised there, no callback behind has its turn and Lightning tears nothing down."""
+    ended = []
+
+    class Fails(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                shutil.rmtree(tmp_path / "plain")
+                (tmp_path / "plain").write_text("a file")
+                raise ZeroDivisionError
+
+    class Behind(Checkpoint):
+        def on_exception(self, trainer, pl_module, exception):
+            ended.append(type(exception))
+
+    best = BestLossCheckpoint(str(tmp_path), weights_path=str(tmp_path / "plain" / "best.pth"))
+    fitted = trainer(best, Fails(), Behind(), max_epochs=5)
+    with pytest.warns(UserWarning, match=r"plain/best.pth could not be written: "), pytest.raises(ZeroDivisionError):
+        fitted.fit(LitLinearRegression(), LinearDataModule())
+    assert ended == [ZeroDivisionError]
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`")

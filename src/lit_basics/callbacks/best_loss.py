@@ -205,7 +205,10 @@ class BestLossCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write weights that are held."""
         super().on_exception(trainer, pl_module, exception)
-        self._write_weights()
+        try:
+            self._write_weights()
+        except Exception as error:  # of a full disk: the callbacks behind have their turn
+            rank_zero_warn(f"{self.weights_path} could not be written: {type(error).__name__}: {error}")
 
     @contextmanager
     def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:
