@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import stat
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import quiet_trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lit_basics import (
@@ -505,6 +507,35 @@ def test_a_remote_folder_is_refused(use, tmp_path):
         with pytest.raises(UserError, match=rf"^{path} is remote, and checkpoints are written to local files only"):
             use(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"min_seconds": 1000}, {"asynchronous": True}])
+def test_a_save_after_the_end_of_a_run_is_made_at_once(options, tmp_path):
+    """Held, it is lost at exit; handed to a thread, it may not be there yet, and nobody tells of an error."""
+    io, path = DurableCheckpointIO(**options), tmp_path / "final.ckpt"
+    last = LastCheckpoint(str(tmp_path))
+    trainer = quiet_trainer(last, plugins=[io], enable_checkpointing=True)
+    trainer.fit(LitLinearRegression(), LinearDataModule())
+    for value in (1, 2):
+        io.save_checkpoint(checkpoint(value), path)
+        assert torch.load(path, weights_only=True)["step"] == value
+        assert io._in_flight is None
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        trainer.save_checkpoint(path)
+    deferred = []
+
+    class Looks(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(last.path)
+            trainer.save_checkpoint(last.path)
+            deferred.append(bool(io._held) or io._in_flight is not None)
+
+    trainer.fit_loop.max_epochs = 2
+    trainer.callbacks.append(Looks())
+    trainer.fit(LitLinearRegression(), LinearDataModule())
+    assert deferred == [True]
 
 
 def test_a_home_folder_is_that_of_lightning(tmp_path, monkeypatch):

@@ -47,6 +47,9 @@ class DurableCheckpointIO(CheckpointIO):
         asynchronous: Whether a thread writes, one save at a time, from a copy in memory: the training waits only
             for that copy, whose memory is kept for the next until the end of the run. An error is raised at the next
             save or at the end.
+
+    After the end of a run each save is made at once; ``LastCheckpoint`` and ``BestLossCheckpoint`` call :meth:`begin`
+    when another begins.
     """
 
     def __init__(self, min_seconds: float = 0.0, asynchronous: bool = False) -> None:
@@ -54,6 +57,7 @@ class DurableCheckpointIO(CheckpointIO):
         self.asynchronous = asynchronous
         self._pool: ThreadPoolExecutor | None = None
         self._in_flight: Future[None] | None = None
+        self._at_once = False  # the run is over: nothing would write later, or tell of an error
         self._process = os.getpid()
         self._saves = 0
         self._looked_at = float("-inf")  # for what no load would take
@@ -86,7 +90,7 @@ class DurableCheckpointIO(CheckpointIO):
             self._held[target] = copied(state)
         else:
             self._held.pop(target, None)
-            if self.asynchronous:  # the live weights may change from here on
+            if self.asynchronous and not self._at_once:  # the live weights may change from here on
                 if self._in_flight is not None and not self._in_flight.done():
                     self._memory = {}  # the thread still reads it
                 state = copied(state, self._memory)
@@ -108,7 +112,8 @@ class DurableCheckpointIO(CheckpointIO):
             )
 
     def _is_young(self, path: Path) -> bool:
-        return time.monotonic() - self._written.get(path, float("-inf")) < self.min_seconds
+        age = time.monotonic() - self._written.get(path, float("-inf"))
+        return age < self.min_seconds and not self._at_once
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         self._written[path] = time.monotonic()
@@ -118,8 +123,11 @@ class DurableCheckpointIO(CheckpointIO):
         try:
             self._finish_write()
         finally:  # the newest state is written though the one before it was not
-            self._pool = self._pool or ThreadPoolExecutor(1)
-            self._in_flight = self._pool.submit(write_state, path, state)
+            if self._at_once:
+                write_state(path, state)
+            else:
+                self._pool = self._pool or ThreadPoolExecutor(1)
+                self._in_flight = self._pool.submit(write_state, path, state)
 
     def _leave_to_parent(self) -> None:
         """Forget, in a process that was forked, what its parent has begun: threads stay there."""
@@ -171,10 +179,16 @@ class DurableCheckpointIO(CheckpointIO):
         for file in (path, previous_path(path), checksum_path(path)):
             file.unlink(missing_ok=True)
 
+    def begin(self) -> None:
+        """Let saves be held, or made by the thread, until :meth:`teardown`: a run begins."""
+        self._at_once = False
+
     def teardown(self) -> None:
         """Write what is held; called by the Trainer at its end, also after an exception."""
-        self.flush()
-        self._memory = {}
+        try:
+            self.flush()
+        finally:
+            self._at_once, self._memory = True, {}
 
 
 def _is_loadable(value: Any) -> bool:

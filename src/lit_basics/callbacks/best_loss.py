@@ -86,6 +86,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
+        if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+            trainer.strategy.checkpoint_io.begin()
         if trainer.fit_loop.total_batch_idx < 0:  # another fit, and no resume
             self._forget_record()
             self.best_model_path, self.record_of = "", None

@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lit_basics.checkpoint_files import free_name, is_there, move_aside
+from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.files import local_path
 from lit_basics.recording import compute_logged
 from lit_basics.steps import at_step_boundary, ends_after_batch, place
@@ -52,6 +53,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and warn if this run begins anew where another has saved."""
+        if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+            trainer.strategy.checkpoint_io.begin()
         self._saved_at = time.monotonic() - MIN_SECONDS
         begun = place(trainer) > (0, -1)
         self._saved = place(trainer) if begun else None  # a resumed run that makes no step has nothing to save
