@@ -8,7 +8,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics, quiet_trainer
+from helpers import SaveEverywhere, assert_equal, fit, metrics, quiet_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateFinder
 from torch import nn
@@ -515,6 +515,24 @@ def test_weights_that_cannot_be_written_leave_the_first_exception(tmp_path):
     with pytest.warns(UserWarning, match=r"plain/best.pth could not be written: "), pytest.raises(ZeroDivisionError):
         fitted.fit(LitLinearRegression(), LinearDataModule())
     assert ended == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_mean_of_the_rest_of_an_epoch_is_no_best(own, tmp_path):
+    """Lightning keeps no means in a checkpoint; those of a LitSupervised are restored."""
+    settings = {"max_epochs": 1, "limit_val_batches": 0}
+
+    def run(folder, *callbacks, ckpt_path=None):
+        torch.manual_seed(0)
+        module = LitBlitzNet() if own else Otherwise(train_key="train/loss")
+        best = BestLossCheckpoint(str(tmp_path / folder), monitor="train/loss")
+        trainer(best, *callbacks, **settings).fit(module, data(val_size=0), ckpt_path=ckpt_path, weights_only=True)
+        return best.best_model_score
+
+    whole = run("whole", SaveEverywhere(tmp_path))
+    resumed = run("resumed", ckpt_path=tmp_path / "002.ckpt")
+    assert whole is not None
+    assert resumed == (whole if own else None)
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_basics.callbacks.last import MIN_SECONDS
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
 from lit_basics.files import local_path, replace_file
+from lit_basics.recording import recorder_of
 from lit_basics.steps import ends_after_batch
 
 
@@ -66,6 +67,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         """Whether a run that begins with a checkpoint takes over its record; a new run by command does not."""
         self._missed = False  # a validation came without val/loss
         self._off = False
+        self._resumed_within: int | None = None  # the epoch whose first batches were in another run
 
     @property
     def state_key(self) -> str:
@@ -96,6 +98,7 @@ class BestLossCheckpoint(ModelCheckpoint):
             validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
             self.monitor = "val/loss" if validated else "train/loss"
         self._missed = self._off = False
+        self._resumed_within = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else None
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Return whether ``current`` is finite and lower than the best."""
@@ -117,7 +120,7 @@ class BestLossCheckpoint(ModelCheckpoint):
             self._choose_training_loss(trainer)
         elif self._lacks_epoch_value(trainer):
             return
-        if not self._off:
+        if not self._off and not self._is_of_the_rest(trainer):
             with self._own_saves(trainer):
                 super().on_train_epoch_end(trainer, pl_module)
 
@@ -156,6 +159,12 @@ class BestLossCheckpoint(ModelCheckpoint):
                 "it with on_epoch=True"
             )
         return True
+
+    def _is_of_the_rest(self, trainer: pl.Trainer) -> bool:
+        """Return whether a training metric is the mean of the rest of an epoch: Lightning keeps none of its begin."""
+        if trainer.current_epoch != self._resumed_within or not self._is_of_training(trainer):
+            return False
+        return self.monitor not in recorder_of(trainer).epoch_means()  # which is restored
 
     def _is_of_training(self, trainer: pl.Trainer) -> bool:
         """Return whether the training alone logs the monitor, whose value is complete at the epoch's end."""
