@@ -11,7 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lit_basics.checkpoint_files import free_name, is_there, move_aside
 from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.files import local_path
-from lit_basics.recording import compute_logged
+from lit_basics.loggers import MetricsCSV
+from lit_basics.recording import compute_logged, recorder_of
 from lit_basics.steps import at_step_boundary, ends_after_batch, place
 
 MIN_SECONDS = 10.0
@@ -125,6 +126,10 @@ class LastCheckpoint(Checkpoint):
         if self._begins and trainer.is_global_zero:  # strategies whose other ranks write too let them wait for rank 0
             move_aside(self.path)
         self._begins = False
+        recorder_of(trainer).flush_finished()
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.synchronize()
         trainer.save_checkpoint(self.path)
         self.best_model_path = str(self.path)
         self._saved_at, self._saved = time.monotonic(), place(trainer)
