@@ -33,6 +33,7 @@ from lit_basics import (
 )
 from lit_basics.checkpoint_files import VERSION, check_versions, checksum_path, previous_path
 from lit_basics.checkpoint_io import copied
+from lit_basics.files import sync_folder
 from lit_basics.nested import tensors_in
 
 
@@ -550,3 +551,8 @@ def test_a_home_folder_is_that_of_lightning(tmp_path, monkeypatch):
     trainer.strategy.checkpoint_io.load_checkpoint("~/a.ckpt")
     trainer.strategy.checkpoint_io.remove_checkpoint("~/a.ckpt")
     assert not (tmp_path / "home" / "a.ckpt").exists()
+
+
+def test_a_file_system_that_cannot_synchronize_a_folder():
+    """/proc refuses it with EINVAL, as some network file systems do."""
+    sync_folder(Path("/proc"))

@@ -305,6 +305,20 @@ def test_the_rows_of_a_foreign_module_are_those_of_a_run_that_never_stopped(numb
     assert_equal((first if number == 8 else second).state_dict(), whole.state_dict())
 
 
+def test_a_handler_that_was_not_pythons_is_no_error(tmp_path):
+    """``signal.signal`` returns None for it, which it does not take back."""
+
+    class Foreign(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            saver._previous[signal.SIGUSR1] = None  # only a program that starts Python can have set one
+
+    before = [signal.getsignal(number) for number in NUMBERS]
+    saver = Preemption(LastCheckpoint(str(tmp_path)))
+    fitted = quiet_trainer(Foreign(), saver, enable_checkpointing=True)
+    fitted.fit(LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16))
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+
+
 def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):
     """Without its setup nothing is saved, as Lightning adds no checkpoint callback beside it, and "best" is an
     AttributeError."""

@@ -191,7 +191,8 @@ class Preemption(Checkpoint):
     def _restore(self) -> None:
         self._shields = False
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None is one that was not Python's, of a profiler say, which cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
 
