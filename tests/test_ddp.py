@@ -323,3 +323,39 @@ def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch)
     assert state["global_step"] == 10
     if kind == "speed94":  # the losses of all ranks, without which those of the other half are missing
         assert (state["state_dict"]["losses"] < 100).sum() == 80
+
+
+SLOW = """
+import sys, time
+import lightning.pytorch as pl
+from lit_basics import LastCheckpoint, LinearDataModule, LitLinearRegression
+from lit_basics.callbacks import last
+
+last.MAX_SECONDS, last.ASK_SECONDS = 0.0, 0.01
+
+
+class Slow(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(0.02)
+
+
+class Counts(LastCheckpoint):
+    def save(self, trainer):
+        super().save(trainer)
+        print(f"rank {trainer.global_rank} has saved", flush=True)
+
+
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+                     enable_progress_bar=False, enable_model_summary=False, callbacks=[Slow(), Counts(sys.argv[1])])
+trainer.fit(LitLinearRegression(), LinearDataModule(batch_size=2))
+print(trainer.num_training_batches)
+"""
+
+
+def test_ranks_of_slow_steps_ask_each_other_after_each_whether_to_save(tmp_path):
+    """Asked after 50 steps, they lose up to 50 of half a minute each."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    said = run([sys.executable, str(tmp_path / "slow.py"), str(tmp_path)]).stdout.split("\n")
+    batches = int(next(line for line in said if line.isdigit()))
+    assert 1 < batches < 50
+    assert [said.count(f"rank {rank} has saved") for rank in (0, 1)] == [batches, batches]
