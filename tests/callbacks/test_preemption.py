@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Rows, assert_equal, fit, metrics, quiet_trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -260,14 +261,14 @@ def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
 class Logs(pl.LightningModule):
     """Of another project; it gets a signal amid its ``number``-th step."""
 
-    def __init__(self, number=None):
+    def __init__(self, number=None, signal_=signal.SIGTERM):
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.number, self.ended = nn.Linear(3072, 10), number, False
+        self.layer, self.number, self.signal, self.ended = nn.Linear(3072, 10), number, signal_, False
 
     def training_step(self, batch, batch_idx):
         if self.global_step + 1 == self.number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.signal)
         loss = nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
         self.log("loss", loss, on_step=True, on_epoch=True)
         return loss
@@ -303,6 +304,32 @@ def test_the_rows_of_a_foreign_module_are_those_of_a_run_that_never_stopped(numb
     assert first.ended == (number == 8)
     assert rows + run(second, tmp_path / "stopped.ckpt") == expected
     assert_equal((first if number == 8 else second).state_dict(), whole.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1])
+def test_the_signal_of_slurms_plugin_requeues_the_job(number, tmp_path, monkeypatch):
+    """Without a look at the plugin, SIGHUP ends the job for good, and SIGUSR2 stays with Lightning."""
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    slurm = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        settings = {"plugins": [SLURMEnvironment(requeue_signal=signal.SIGHUP if number == signal.SIGUSR1 else number)]}
+        last = LastCheckpoint(str(tmp_path))
+        trainer = quiet_trainer(last, Preemption(last), enable_checkpointing=True, **settings)
+        with pytest.raises(Preempted) as left:
+            trainer.fit(Logs(2, number), SyntheticCIFAR10(64, 16, batch_size=16, val_size=0))
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert left.value.code == 128 + number
+    calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+    assert calls == ("" if number == signal.SIGUSR1 else "requeue 4711\n"), "SIGUSR1 is not the plugin's here"
 
 
 def test_a_handler_that_was_not_pythons_is_no_error(tmp_path):

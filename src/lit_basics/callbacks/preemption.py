@@ -46,8 +46,9 @@ class Preemption(Checkpoint):
     the main process ends them. (A program that such a worker starts has SIGTERM blocked.) It goes behind all other
     callbacks.
 
-    Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
-    would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
+    Under SLURM, SIGUSR1, or the ``requeue_signal`` of a ``SLURMEnvironment``, also requeues the job (``scontrol
+    requeue``) once the state is saved, where Lightning would: not in an interactive job, nor with
+    ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
     the state: ``--resume auto`` by command, ``fit(ckpt_path=...)`` where there is a ``last.ckpt`` in your own project.
 
     Args:
@@ -59,7 +60,7 @@ class Preemption(Checkpoint):
         self._signal = 0
         self._leaving = 0  # the signal for which the state is saved
         self._interrupted_at = float("inf")
-        self._requeues = False
+        self._requeue_signal: int | None = None
         self._telling = 0  # the process that tells of a Ctrl-C
         self._shields = False
         self._previous: dict[int, Any] = {}
@@ -110,12 +111,17 @@ class Preemption(Checkpoint):
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and not own and path.exists():
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._leaving, self._interrupted_at = 0, 0, float("inf")
+        # Lightning's private name; its plugin may have another signal than SIGUSR1 for this
+        environment = trainer._accelerator_connector.cluster_environment
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        requeue = environment.requeue_signal if requeues else None
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in {*SIGNALS, requeue or signal.SIGUSR1}:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
-        # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
-        self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
+        # Lightning has a handler for it where the job is to be requeued, and nowhere else
+        requeues = requeues and callable(self._previous.get(requeue)) and SLURMEnvironment.detect()
+        self._requeue_signal = requeue if requeues else None
         if trainer.is_global_zero and sys.__stderr__ is not None:  # else 2 may be any file
             self._telling = os.getpid()
         if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):
@@ -165,7 +171,7 @@ class Preemption(Checkpoint):
         self._last.save(trainer)
         trainer.strategy.checkpoint_io.teardown()  # it may hold the state or be writing it still
         trainer.strategy.barrier()
-        if number == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
+        if number == self._requeue_signal and trainer.is_global_zero:
             _requeue()
         self._leaving = number
 
