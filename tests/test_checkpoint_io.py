@@ -33,7 +33,7 @@ from lit_basics import (
 )
 from lit_basics.checkpoint_files import VERSION, check_versions, checksum_path, previous_path
 from lit_basics.checkpoint_io import copied
-from lit_basics.files import sync_folder
+from lit_basics.files import replace_file, sync_folder
 from lit_basics.nested import tensors_in
 
 
@@ -179,6 +179,15 @@ def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     table.zero_()
     assert copy["table"][0][2, 3] == 11
     assert copy["lr"] == 0.1
+
+
+def test_tied_weights_that_are_several_tensors_are_one_in_the_copy():
+    """Those of a GPU, which take the same way here as those with a gradient; copied each, they come apart."""
+    tied = nn.Parameter(torch.arange(6.0).view(2, 3))
+    state = {"one": tied, "other": nn.Parameter(tied.data), "flat": nn.Parameter(tied.data.view(6))}
+    copy = copied(state)
+    assert all(torch.equal(copy[name], state[name]) for name in state)
+    assert copy["one"].data_ptr() == copy["other"].data_ptr() != tied.data_ptr()
 
 
 def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
@@ -485,10 +494,13 @@ def test_what_a_load_takes_is_not_warned_of(tmp_path):
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):
     io, path = saved(tmp_path, 1)
-    (tmp_path / ".a.ckpt.x1y2").write_bytes(b"staged")
-    (tmp_path / ".a.ckpt.sha256.x1y2").write_bytes(b"staged")
+    for name in (".a.ckpt.", ".a.ckpt.sha256.", ".best.pth."):
+        (tmp_path / f"{name}12345678").write_bytes(b"staged")
     io.save_checkpoint(checkpoint(2), path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"]
+    with replace_file(tmp_path / "best.pth") as file:
+        file.write(b"weights")
+    names = ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256", "best.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize(

@@ -247,16 +247,23 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
     """
     memory = {} if memory is None else memory
     made: dict[str, Tensor] = {}
+    shared: dict[tuple[Any, ...], Tensor] = {}
 
     def copy_of(where: str, tensor: Tensor) -> Tensor:
         tensor, old = tensor.detach(), memory.get(where)
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor.to("cpu", copy=True)
+        # tied weights are several tensors in a state_dict
+        same = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        key = (*same, tensor.dtype, tensor.shape, tensor.stride())
+        if key in shared:
+            return shared[key]
         fits = old is not None and (old.dtype, old.shape, old.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
         if old is None or not fits or old.is_inference() or where in made:  # two places may have one name
             made[where] = tensor.to("cpu", copy=True)
         else:
             made[where] = old.copy_(tensor)
+        shared[key] = made[where]
         return made[where]
 
     copies: dict[int, Any] = {}
