@@ -113,14 +113,14 @@ class Preemption(Checkpoint):
         self._signal, self._leaving, self._interrupted_at = 0, 0, float("inf")
         # Lightning's private name; its plugin may have another signal than SIGUSR1 for this
         environment = trainer._accelerator_connector.cluster_environment
-        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        requeue = environment.requeue_signal if requeues else None
+        slurm = environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+        requeue = (slurm and slurm.requeue_signal) or signal.SIGUSR1
         if threading.current_thread() is threading.main_thread():
-            for number in {*SIGNALS, requeue or signal.SIGUSR1}:
+            for number in {*SIGNALS, requeue}:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         # Lightning has a handler for it where the job is to be requeued, and nowhere else
-        requeues = requeues and callable(self._previous.get(requeue)) and SLURMEnvironment.detect()
+        requeues = slurm and callable(self._previous.get(requeue)) and SLURMEnvironment.detect()
         self._requeue_signal = requeue if requeues else None
         if trainer.is_global_zero and sys.__stderr__ is not None:  # else 2 may be any file
             self._telling = os.getpid()
