@@ -275,6 +275,27 @@ def test_a_write_that_is_waited_for_is_in_flight_after_an_interrupt(tmp_path, mo
     assert io._in_flight is None
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_removal_waits_in_the_thread_for_the_write_before_it(fails, tmp_path, monkeypatch):
+    """ModelCheckpoint removes the old file right after the save: waited for there, a save is as slow as without a
+    thread; made without the write, it may leave nothing."""
+    io, old = saved(tmp_path, 1, asynchronous=True)
+    io.flush()
+    go_on, real = threading.Event(), checkpoint_io.write_state
+    monkeypatch.setattr(checkpoint_io, "write_state", lambda *args: go_on.wait(60) and real(*args))
+    new = tmp_path / "folder" / "b.ckpt"
+    if fails:
+        new.parent.write_text("a file")
+    io.save_checkpoint(checkpoint(2), new)
+    io.remove_checkpoint(old)
+    assert not go_on.is_set()
+    assert old.exists()
+    go_on.set()
+    with pytest.raises(OSError, match="folder") if fails else contextlib.nullcontext():
+        io.teardown()
+    assert (old.exists(), new.exists()) == (fails, not fails)
+
+
 def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
     main = threading.get_ident()
     real = os.fsync

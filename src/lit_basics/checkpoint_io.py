@@ -171,13 +171,16 @@ class DurableCheckpointIO(CheckpointIO):
         return load_checked(local_path(path), map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint with the one before it."""
+        """Remove a checkpoint with the one before it; where a thread is writing, it does so if its write succeeds."""
+        self._leave_to_parent()
         path = local_path(path)
         self._held.pop(path, None)
         self._written.pop(path, None)
-        self._finish_write()
-        for file in (path, previous_path(path), checksum_path(path)):
-            file.unlink(missing_ok=True)
+        if self._in_flight is None:
+            _remove(path)
+        else:
+            assert self._pool is not None
+            self._in_flight = self._pool.submit(_remove, path, self._in_flight)
 
     def begin(self) -> None:
         """Let saves be held, or made by the thread, until :meth:`teardown`: a run begins."""
@@ -189,6 +192,13 @@ class DurableCheckpointIO(CheckpointIO):
             self.flush()
         finally:
             self._at_once, self._memory = True, {}
+
+
+def _remove(path: Path, after: Future[None] | None = None) -> None:
+    if after is not None:
+        after.result()  # raises what the write has raised
+    for file in (path, previous_path(path), checksum_path(path)):
+        file.unlink(missing_ok=True)
 
 
 def _is_loadable(value: Any) -> bool:
