@@ -147,8 +147,10 @@ class Preemption(Checkpoint):
         if (self._signal or trainer.world_size > 1) and at_step_boundary(trainer):
             self._save_if_signalled(trainer)
             if self._leaving:
-                # Lightning logs the step after this hook, and has no other one before it draws the next batch
-                trainer._logger_connector.update_train_step_metrics()
+                # Lightning logs the step after this hook, and has no other one before it draws the next batch; several
+                # steps for each of its batches have no self.log
+                if getattr(pl_module, "steps_per_execution", 1) == 1:
+                    trainer._logger_connector.update_train_step_metrics()
                 self._leave_if_saved(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
