@@ -46,7 +46,6 @@ class LastCheckpoint(Checkpoint):
         """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
         self._saved: tuple[int, int] | None = None  # the place of the newest save
-        self._asked = False
         self._asked_at, self._ask_at = (0.0, 0), 0  # when, and at which batch, the ranks asked; the batch of the next
         self._begins = False  # a new run, beside the file of another
         self._ended: tuple[int, int] | None = None  # that of a save within the epoch, at the end of training
@@ -61,7 +60,7 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.checkpoint_io.begin()
         self._saved_at = time.monotonic() - MIN_SECONDS
         self._asked_at = time.monotonic(), trainer.fit_loop.total_batch_idx
-        self._asked, self._ask_at = False, 0
+        self._ask_at = 0
         begun = place(trainer) > (0, -1)
         self._saved = place(trainer) if begun else None  # a resumed run that makes no step has nothing to save
         self._ended = None
@@ -83,10 +82,8 @@ class LastCheckpoint(Checkpoint):
             self._save_end(trainer)
             return
         # ranks must agree, which costs a message: they ask now and then, at a boundary
-        due = trainer.fit_loop.total_batch_idx >= self._ask_at
-        self._asked |= due if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
-        if self._asked and at_step_boundary(trainer):
-            self._asked = False
+        asks = trainer.fit_loop.total_batch_idx >= self._ask_at
+        if (asks if trainer.world_size > 1 else self._is_older(MAX_SECONDS)) and at_step_boundary(trainer):
             self._save_if_older(trainer, MAX_SECONDS)
             if trainer.world_size > 1:
                 self._choose_next(trainer)
