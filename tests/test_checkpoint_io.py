@@ -4,10 +4,12 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import stat
 import threading
 import time
+import warnings
 from collections import OrderedDict, UserDict, defaultdict, deque
 from datetime import datetime
 from importlib.metadata import version
@@ -16,11 +18,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import quiet_trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LastCheckpoint, UserError, checkpoint_io
+from lit_basics import (
+    BestLossCheckpoint,
+    DurableCheckpointIO,
+    LastCheckpoint,
+    LinearDataModule,
+    LitLinearRegression,
+    UserError,
+    checkpoint_io,
+)
 from lit_basics.checkpoint_files import VERSION, check_versions, checksum_path, previous_path
 from lit_basics.checkpoint_io import copied
+from lit_basics.files import replace_file, sync_folder
 from lit_basics.nested import tensors_in
 
 
@@ -168,6 +181,15 @@ def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     assert copy["lr"] == 0.1
 
 
+def test_tied_weights_that_are_several_tensors_are_one_in_the_copy():
+    """Those of a GPU, which take the same way here as those with a gradient; copied each, they come apart."""
+    tied = nn.Parameter(torch.arange(6.0).view(2, 3))
+    state = {"one": tied, "other": nn.Parameter(tied.data), "flat": nn.Parameter(tied.data.view(6))}
+    copy = copied(state)
+    assert all(torch.equal(copy[name], state[name]) for name in state)
+    assert copy["one"].data_ptr() == copy["other"].data_ptr() != tied.data_ptr()
+
+
 def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
     monkeypatch.setattr(checkpoint_io, "LARGE", 0)
 
@@ -251,6 +273,27 @@ def test_a_write_that_is_waited_for_is_in_flight_after_an_interrupt(tmp_path, mo
     go_on.set()
     io.teardown()
     assert io._in_flight is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_removal_waits_in_the_thread_for_the_write_before_it(fails, tmp_path, monkeypatch):
+    """ModelCheckpoint removes the old file right after the save: waited for there, a save is as slow as without a
+    thread; made without the write, it may leave nothing."""
+    io, old = saved(tmp_path, 1, asynchronous=True)
+    io.flush()
+    go_on, real = threading.Event(), checkpoint_io.write_state
+    monkeypatch.setattr(checkpoint_io, "write_state", lambda *args: go_on.wait(60) and real(*args))
+    new = tmp_path / "folder" / "b.ckpt"
+    if fails:
+        new.parent.write_text("a file")
+    io.save_checkpoint(checkpoint(2), new)
+    io.remove_checkpoint(old)
+    assert not go_on.is_set()
+    assert old.exists()
+    go_on.set()
+    with pytest.raises(OSError, match="folder") if fails else contextlib.nullcontext():
+        io.teardown()
+    assert (old.exists(), new.exists()) == (fails, not fails)
 
 
 def test_asynchronous_errors_are_raised_at_the_next_save(tmp_path, monkeypatch):
@@ -444,6 +487,23 @@ def test_whatever_no_load_takes_is_named_at_the_first_save(key, value, warning, 
         io.load_checkpoint(path)
 
 
+def test_what_no_load_takes_and_comes_later_is_named_once(tmp_path):
+    """Looked for at the first save alone, every checkpoint after the warm-up is one that cannot be loaded."""
+    io, path = DurableCheckpointIO(), tmp_path / "a.ckpt"
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2 if step < 2 else np.sqrt(1 / step))
+    said = []
+    for _ in range(8):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            io.save_checkpoint({**checkpoint(1), "optimizer_states": [optimizer.state_dict()]}, path)
+        said.append([str(warning.message) for warning in caught if "cannot be loaded" in str(warning.message)])
+        optimizer.step()
+        warm_up.step()
+    assert [len(messages) for messages in said] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert "['lr'], a float64, " in said[3][0]
+
+
 def test_what_a_load_takes_is_not_warned_of(tmp_path):
     entries = {"a": OrderedDict(b=[(torch.ones(2), None, 1.5, 2**70, True, "c", b"d", 1j)])}
     entries |= {"e": torch.Size([2]), "f": torch.float32, "g": torch.device("cpu"), 3: nn.Parameter(torch.ones(1))}
@@ -455,10 +515,13 @@ def test_what_a_load_takes_is_not_warned_of(tmp_path):
 
 def test_what_a_killed_save_leaves_is_removed(tmp_path):
     io, path = saved(tmp_path, 1)
-    (tmp_path / ".a.ckpt.x1y2").write_bytes(b"staged")
-    (tmp_path / ".a.ckpt.sha256.x1y2").write_bytes(b"staged")
+    for name in (".a.ckpt.", ".a.ckpt.sha256.", ".best.pth."):
+        (tmp_path / f"{name}12345678").write_bytes(b"staged")
     io.save_checkpoint(checkpoint(2), path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256"]
+    with replace_file(tmp_path / "best.pth") as file:
+        file.write(b"weights")
+    names = ["a.ckpt", "a.ckpt.previous", "a.ckpt.sha256", "best.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize(
@@ -478,3 +541,51 @@ def test_a_remote_folder_is_refused(use, tmp_path):
         with pytest.raises(UserError, match=rf"^{path} is remote, and checkpoints are written to local files only"):
             use(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"min_seconds": 1000}, {"asynchronous": True}])
+def test_a_save_after_the_end_of_a_run_is_made_at_once(options, tmp_path):
+    """Held, it is lost at exit; handed to a thread, it may not be there yet, and nobody tells of an error."""
+    io, path = DurableCheckpointIO(**options), tmp_path / "final.ckpt"
+    last = LastCheckpoint(str(tmp_path))
+    trainer = quiet_trainer(last, plugins=[io], enable_checkpointing=True)
+    trainer.fit(LitLinearRegression(), LinearDataModule())
+    for value in (1, 2):
+        io.save_checkpoint(checkpoint(value), path)
+        assert torch.load(path, weights_only=True)["step"] == value
+        assert io._in_flight is None
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        trainer.save_checkpoint(path)
+    deferred = []
+
+    class Looks(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(last.path)
+            trainer.save_checkpoint(last.path)
+            deferred.append(bool(io._held) or io._in_flight is not None)
+
+    trainer.fit_loop.max_epochs = 2
+    trainer.callbacks.append(Looks())
+    trainer.fit(LitLinearRegression(), LinearDataModule())
+    assert deferred == [True]
+
+
+def test_a_home_folder_is_that_of_lightning(tmp_path, monkeypatch):
+    """Without ``expanduser`` a folder named ~ is made where the process stands."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    last, best = LastCheckpoint("~/r"), BestLossCheckpoint("~/r", weights_path="~/w/best.pth")
+    trainer = quiet_trainer(last, best, plugins=[DurableCheckpointIO()], enable_checkpointing=True)
+    trainer.fit(LitLinearRegression(), LinearDataModule())
+    trainer.save_checkpoint("~/a.ckpt")
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".pth")}
+    assert files == {"home/r/best.ckpt", "home/r/last.ckpt", "home/w/best.pth", "home/a.ckpt"}
+    trainer.strategy.checkpoint_io.load_checkpoint("~/a.ckpt")
+    trainer.strategy.checkpoint_io.remove_checkpoint("~/a.ckpt")
+    assert not (tmp_path / "home" / "a.ckpt").exists()
+
+
+def test_a_file_system_that_cannot_synchronize_a_folder():
+    """/proc refuses it with EINVAL, as some network file systems do."""
+    sync_folder(Path("/proc"))

@@ -649,6 +649,16 @@ def test_a_checkpoint_of_the_runs_own_name_beside_another_logger(tmp_path, capsy
     assert len(list(run.rglob("best.ckpt"))) == 2
 
 
+@pytest.mark.parametrize("settings", [["save_last", "link"], ["save_weights_only", "true"]])
+def test_a_last_checkpoint_of_another_kind_is_refused(settings, capsys):
+    """Without the check a link to another checkpoint, or weights alone, take the place of the run's ``last.ckpt``."""
+    callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last", "true"]
+    words = [*callback, f"--trainer.callbacks.{settings[0]}", settings[1]]
+    assert main(["fit", *SMALL, "--run_dir", "run", *words]) == 2
+    assert "ModelCheckpoint writes last.ckpt: the run keeps" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
 def test_a_best_loss_checkpoint_of_ones_own_takes_the_place_of_the_runs(tmp_path):
     """Beside it the run's own writes the same files, by another loss."""
     callback = ["--trainer.callbacks+=BestLossCheckpoint", "--trainer.callbacks.monitor", "train/loss"]

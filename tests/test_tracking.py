@@ -1,6 +1,7 @@
 """Weights & Biases and TensorBoard, read back from their own files."""
 
 import json
+import os
 import struct
 import time
 from pathlib import Path
@@ -14,7 +15,15 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lit_basics import GradientMonitor, LitClassifier, MetricsCSV, SyntheticCIFAR10, loggers
+from lit_basics import (
+    DurableCheckpointIO,
+    GradientMonitor,
+    LastCheckpoint,
+    LitClassifier,
+    MetricsCSV,
+    SyntheticCIFAR10,
+    loggers,
+)
 from lit_basics.callbacks import progress
 from lit_basics.cli import main
 from lit_basics.config import Config
@@ -224,6 +233,42 @@ def test_what_comes_much_too_late_is_in_its_place_in_the_end(killed, tmp_path):
     assert list(rows) == list(range(701))
     for step, row in rows.items():
         assert row == ({"grad/norm": step} if step else {}) | ({"loss": -step} if step < 350 else {})
+
+
+def test_half_a_number_at_the_end_is_no_row(tmp_path):
+    """``5,0.125`` of which a kill, or a power loss, has left ``5,0.1``."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,a\n4,0.5\n5,0.1")
+    resumed = MetricsCSV(path, resume=True)
+    resumed.cut_back(5)
+    resumed.finalize("success")
+    assert path.read_text() == "step,a\n4,0.5\n"
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+def test_the_rows_are_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    """Else a power loss takes rows of steps that are not made again. Once a save: each row would be slow."""
+    calls = []
+
+    def fsync(descriptor, real=os.fsync):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        if calls[-1] == "metrics.csv":
+            calls[-1] += f" of {len(metrics(tmp_path))} steps"
+        real(descriptor)
+
+    def replace(source, target, real=os.replace):
+        calls.append(Path(target).name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    last = LastCheckpoint(str(tmp_path))
+    plugins = {"plugins": [DurableCheckpointIO()], "enable_checkpointing": True}
+    train(LitClassifier(net()), MetricsCSV(tmp_path / "metrics.csv"), last, **plugins)
+    assert [call for call in calls if "metrics.csv of" in call or call == "last.ckpt"] == [
+        "metrics.csv of 28 steps",
+        "last.ckpt",
+    ]
 
 
 class Killed(BaseException):

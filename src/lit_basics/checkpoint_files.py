@@ -1,7 +1,6 @@
 """The files of a checkpoint: itself, the one before it and their checksums, written and read so that one is good."""
 
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -61,8 +60,6 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    for left in path.parent.glob(f".{glob.escape(name_beside(path))}.*"):  # by a save that was killed
-        left.unlink(missing_ok=True)
     known = known_digests(path)
     good, digest = _good_digest(path, known), hashlib.sha256(buffer.getbuffer()).hexdigest()
 

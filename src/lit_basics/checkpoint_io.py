@@ -27,6 +27,8 @@ LARGE = 1 << 16
 """Bytes of a tensor from which new memory takes longer than to look for memory that is there."""
 MOST = 10
 """The most entries that a warning each names."""
+LOOK_SECONDS = 60.0
+"""A save this long after the last look is looked at for what no load would take, beside the 1st, 2nd, 4th, 8th, …"""
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -35,7 +37,8 @@ class DurableCheckpointIO(CheckpointIO):
     A checkpoint is staged beside its target, synchronised to the disk, read back, and renamed. The one before
     it stays as ``<name>.previous``, and ``<name>.sha256`` holds the checksums of both. A load checks them: a
     damaged file is named and the previous one used. Nothing in a file is ever run (``weights_only``, whatever is asked
-    for); at the first save a warning names hyper-parameters and other entries with which no load would take the file.
+    for); a warning names hyper-parameters and other entries with which no load would take the file: at the first save,
+    or soon after they appear.
 
     Usable alone: ``Trainer(plugins=[DurableCheckpointIO()])``.
 
@@ -45,6 +48,9 @@ class DurableCheckpointIO(CheckpointIO):
         asynchronous: Whether a thread writes, one save at a time, from a copy in memory: the training waits only
             for that copy, whose memory is kept for the next until the end of the run. An error is raised at the next
             save or at the end.
+
+    After the end of a run each save is made at once; ``LastCheckpoint`` and ``BestLossCheckpoint`` call :meth:`begin`
+    when another begins.
     """
 
     def __init__(self, min_seconds: float = 0.0, asynchronous: bool = False) -> None:
@@ -52,8 +58,11 @@ class DurableCheckpointIO(CheckpointIO):
         self.asynchronous = asynchronous
         self._pool: ThreadPoolExecutor | None = None
         self._in_flight: Future[None] | None = None
+        self._at_once = False  # the run is over: nothing would write later, or tell of an error
         self._process = os.getpid()
-        self._looked = False  # for what no load would take
+        self._saves = 0
+        self._looked_at = float("-inf")  # for what no load would take
+        self._refused = False  # such a thing was found
         self._held: dict[Path, dict[str, Any]] = {}
         self._memory: dict[str, Tensor] = {}  # of the last copy that the thread was given
         self._written: dict[Path, float] = {}
@@ -77,26 +86,35 @@ class DurableCheckpointIO(CheckpointIO):
         target, state = local_path(path), dict(checkpoint)
         if "state_dict" in state:  # ddp_spawn sends the weights alone from process to process
             state[VERSION] = installed("lit_basics")
-        if not self._looked:
-            self._looked = True
-            for keys, value in itertools.islice(refused_in(state, set()), MOST):
-                what, advice = described(keys, value)
-                rank_zero_warn(
-                    f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
-                    f"runs no code: {advice}"
-                )
+        self._look_at(state)
         if self._is_young(target):
             self._held[target] = copied(state)
         else:
             self._held.pop(target, None)
-            if self.asynchronous:  # the live weights may change from here on
+            if self.asynchronous and not self._at_once:  # the live weights may change from here on
                 if self._in_flight is not None and not self._in_flight.done():
                     self._memory = {}  # the thread still reads it
                 state = copied(state, self._memory)
             self._write(target, state)
 
+    def _look_at(self, state: dict[str, Any]) -> None:
+        """Warn of what no load would take; a learning rate, or a list of losses, may hold it only later."""
+        self._saves += 1
+        due = self._saves.bit_count() == 1 or time.monotonic() - self._looked_at >= LOOK_SECONDS
+        if self._refused or not due:
+            return
+        self._looked_at = time.monotonic()
+        for keys, value in itertools.islice(refused_in(state, set()), MOST):
+            self._refused = True
+            what, advice = described(keys, value)
+            rank_zero_warn(
+                f"{what}, a {type(value).__name__}, makes every checkpoint one that cannot be loaded, since a load "
+                f"runs no code: {advice}"
+            )
+
     def _is_young(self, path: Path) -> bool:
-        return time.monotonic() - self._written.get(path, float("-inf")) < self.min_seconds
+        age = time.monotonic() - self._written.get(path, float("-inf"))
+        return age < self.min_seconds and not self._at_once
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         self._written[path] = time.monotonic()
@@ -106,8 +124,11 @@ class DurableCheckpointIO(CheckpointIO):
         try:
             self._finish_write()
         finally:  # the newest state is written though the one before it was not
-            self._pool = self._pool or ThreadPoolExecutor(1)
-            self._in_flight = self._pool.submit(write_state, path, state)
+            if self._at_once:
+                write_state(path, state)
+            else:
+                self._pool = self._pool or ThreadPoolExecutor(1)
+                self._in_flight = self._pool.submit(write_state, path, state)
 
     def _leave_to_parent(self) -> None:
         """Forget, in a process that was forked, what its parent has begun: threads stay there."""
@@ -151,20 +172,37 @@ class DurableCheckpointIO(CheckpointIO):
         return load_checked(local_path(path), map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint with the one before it."""
-        self._held.pop(Path(path), None)
-        self._written.pop(Path(path), None)
-        self._finish_write()
-        for file in (Path(path), previous_path(Path(path)), checksum_path(Path(path))):
-            if file.is_dir():  # which a strategy has saved in shards, past this
-                shutil.rmtree(file)
-            else:
-                file.unlink(missing_ok=True)
+        """Remove a checkpoint with the one before it; where a thread is writing, it does so if its write succeeds."""
+        self._leave_to_parent()
+        path = local_path(path)
+        self._held.pop(path, None)
+        self._written.pop(path, None)
+        if self._in_flight is None:
+            _remove(path)
+        else:
+            assert self._pool is not None
+            self._in_flight = self._pool.submit(_remove, path, self._in_flight)
+
+    def begin(self) -> None:
+        """Let saves be held, or made by the thread, until :meth:`teardown`: a run begins."""
+        self._at_once = False
 
     def teardown(self) -> None:
         """Write what is held; called by the Trainer at its end, also after an exception."""
-        self.flush()
-        self._memory = {}
+        try:
+            self.flush()
+        finally:
+            self._at_once, self._memory = True, {}
+
+
+def _remove(path: Path, after: Future[None] | None = None) -> None:
+    if after is not None:
+        after.result()  # raises what the write has raised
+    for file in (path, previous_path(path), checksum_path(path)):
+        if file.is_dir():  # which a strategy has saved in shards, past this
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _is_loadable(value: Any) -> bool:
@@ -223,16 +261,23 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
     """
     memory = {} if memory is None else memory
     made: dict[str, Tensor] = {}
+    shared: dict[tuple[Any, ...], Tensor] = {}
 
     def copy_of(where: str, tensor: Tensor) -> Tensor:
         tensor, old = tensor.detach(), memory.get(where)
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor.to("cpu", copy=True)
+        # tied weights are several tensors in a state_dict
+        same = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        key = (*same, tensor.dtype, tensor.shape, tensor.stride())
+        if key in shared:
+            return shared[key]
         fits = old is not None and (old.dtype, old.shape, old.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
         if old is None or not fits or old.is_inference() or where in made:  # two places may have one name
             made[where] = tensor.to("cpu", copy=True)
         else:
             made[where] = old.copy_(tensor)
+        shared[key] = made[where]
         return made[where]
 
     copies: dict[int, Any] = {}

@@ -1,5 +1,7 @@
 """Files that are whole or not there, and their checksums."""
 
+import errno
+import glob
 import hashlib
 import os
 import re
@@ -13,14 +15,14 @@ from lit_basics.errors import UserError
 
 
 def local_path(path: str | Path) -> Path:
-    """Return a path of this machine.
+    """Return a path of this machine, with ``~`` expanded as Lightning does.
 
     Raises:
         UserError: If it is remote (``s3://…``), of which ``Path`` would make a local folder ``s3:``.
     """
     if re.match(r"\w+:/", str(path)):  # a Path has one of its slashes only
         raise UserError(f"{path} is remote, and checkpoints are written to local files only: mount it, or copy them")
-    return Path(path)
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for a user that is not known
 
 
 @contextmanager
@@ -28,13 +30,15 @@ def replace_file(path: Path, before: Callable[[Path], object] = lambda staged: N
     """Write a file that appears under its name only when it is complete and on the disk.
 
     It is staged beside its target (the temporary folder may be another file system, where a rename is a copy),
-    synchronised, and renamed. If the body raises, the old file stays.
+    synchronised, and renamed. If the body raises, the old file stays. One process at a time may write a file.
 
     Args:
         path: The file; its folder is made if need be.
         before: Called with the staged file when it is on the disk, before it is renamed; it may refuse it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(name_beside(path))}.????????"):  # by a write that was killed
+        left.unlink(missing_ok=True)
     staged = path.with_name(f".{name_beside(path)}.{secrets.token_hex(4)}")
     file = staged.open("xb")  # unlike one of tempfile's, with the mode of new files
     try:
@@ -66,5 +70,8 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that cannot do this
+            raise
     finally:
         os.close(descriptor)

@@ -104,6 +104,12 @@ class MetricsCSV(Logger):
             self._rewrite([row for row in self._read() if int(row[0]) <= step])
 
     @rank_zero_only
+    def synchronize(self) -> None:
+        """Bring the rows to the disk: those of steps that a checkpoint counts as done are not made again."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the run's ``config.yaml`` holds them."""
 
@@ -129,9 +135,9 @@ class MetricsCSV(Logger):
     def _read(self) -> list[list[str]]:
         """Return the file's rows in order, one for each step; its keys are from now on the logger's."""
         with self.path.open(newline="") as file:
-            header, *rows = [*csv.reader(file)] or [["step"]]
+            # a kill may have left half a row at the end, or half a number
+            header, *rows = [*csv.reader(line for line in file if line.endswith("\n"))] or [["step"]]
         self._keys = header[1:]
-        # a kill may have left half a row at the end
         steps: dict[int, list[str]] = {}
         for row in rows:
             if len(row) == len(header) and row[0].isdigit():

@@ -72,7 +72,9 @@ def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], director
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestLossCheckpoint):
             folder = Path(callback.dirpath or directory / "checkpoints").resolve()
-            own = callback.filename in kept or (callback.save_last and callback.save_weights_only and "last" in kept)
+            # a link goes to another checkpoint, or to one of another kind
+            replaces = callback.save_last == "link" or (callback.save_last and callback.save_weights_only)
+            own = callback.filename in kept or (replaces and "last" in kept)
             if own and folder == (directory / "checkpoints").resolve():
                 raise UserError(
                     f"a {type(callback).__name__} writes {callback.filename if callback.filename in kept else 'last'}"

@@ -1,6 +1,7 @@
 """BestLossCheckpoint and LastCheckpoint; the tutorial's mistakes are tested with system E."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,12 +10,20 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics, quiet_trainer
+from helpers import SaveEverywhere, assert_equal, fit, metrics, quiet_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateFinder
 from torch import nn
 
-from lit_basics import BestLossCheckpoint, DurableCheckpointIO, LitBlitzNet, LitClassifier, SyntheticCIFAR10
+from lit_basics import (
+    BestLossCheckpoint,
+    DurableCheckpointIO,
+    LinearDataModule,
+    LitBlitzNet,
+    LitClassifier,
+    LitLinearRegression,
+    SyntheticCIFAR10,
+)
 from lit_basics.callbacks import last
 from lit_basics.cli import main
 
@@ -486,6 +495,46 @@ def test_a_save_that_fails_leaves_the_plain_weights_of_the_one_before(tmp_path, 
     with pytest.raises(OSError, match="no space left"):
         fitted.fit(module, datamodule=data(val_size=16))
     assert_equal(torch.load(tmp_path / "best.pth", weights_only=True), before)
+
+
+def test_weights_that_cannot_be_written_leave_the_first_exception(tmp_path):
+    """Raised there, no callback behind has its turn and Lightning tears nothing down."""
+    ended = []
+
+    class Fails(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 3:
+                shutil.rmtree(tmp_path / "plain")
+                (tmp_path / "plain").write_text("a file")
+                raise ZeroDivisionError
+
+    class Behind(Checkpoint):
+        def on_exception(self, trainer, pl_module, exception):
+            ended.append(type(exception))
+
+    best = BestLossCheckpoint(str(tmp_path), weights_path=str(tmp_path / "plain" / "best.pth"))
+    fitted = trainer(best, Fails(), Behind(), max_epochs=5)
+    with pytest.warns(UserWarning, match=r"plain/best.pth could not be written: "), pytest.raises(ZeroDivisionError):
+        fitted.fit(LitLinearRegression(), LinearDataModule())
+    assert ended == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_mean_of_the_rest_of_an_epoch_is_no_best(own, tmp_path):
+    """Lightning keeps no means in a checkpoint; those of a LitSupervised are restored."""
+    settings = {"max_epochs": 1, "limit_val_batches": 0}
+
+    def run(folder, *callbacks, ckpt_path=None):
+        torch.manual_seed(0)
+        module = LitBlitzNet() if own else Otherwise(train_key="train/loss")
+        best = BestLossCheckpoint(str(tmp_path / folder), monitor="train/loss")
+        trainer(best, *callbacks, **settings).fit(module, data(val_size=0), ckpt_path=ckpt_path, weights_only=True)
+        return best.best_model_score
+
+    whole = run("whole", SaveEverywhere(tmp_path))
+    resumed = run("resumed", ckpt_path=tmp_path / "002.ckpt")
+    assert whole is not None
+    assert resumed == (whole if own else None)
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `WeightAveraging`")

@@ -1,20 +1,24 @@
 """Real processes, really signalled."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import assert_equal, fit, metrics, quiet_trainer
+from helpers import Rows, assert_equal, fit, metrics, quiet_trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_basics import LastCheckpoint, LitBlitzNet, LitClassifier, Preemption, SyntheticCIFAR10, UserError
-from lit_basics.callbacks.preemption import SAME_SECONDS, SIGNALS
+from lit_basics.callbacks.preemption import SAME_SECONDS, SIGNALS, Preempted
 from lit_basics.cli import main
 
 WORDS = (
@@ -252,6 +256,94 @@ def test_after_a_fit_the_handlers_are_those_from_before_it(tmp_path):
     assert module.at_the_end == before[1]
     assert [signal.getsignal(number) for number in NUMBERS] == before
     assert [type(c) for c in fitted.callbacks[-2:]] == [LastCheckpoint, Preemption]
+
+
+class Logs(pl.LightningModule):
+    """Of another project; it gets a signal amid its ``number``-th step."""
+
+    def __init__(self, number=None, signal_=signal.SIGTERM):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.number, self.signal, self.ended = nn.Linear(3072, 10), number, signal_, False
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step + 1 == self.number:
+            os.kill(os.getpid(), self.signal)
+        loss = nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def on_train_end(self):
+        self.ended = True
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("number", [2, 4, 8])
+def test_the_rows_of_a_foreign_module_are_those_of_a_run_that_never_stopped(number, tmp_path):
+    """Lightning logs a step, and an epoch, after the hook in which the state is saved: left there, their row is in no
+    run. After the last epoch (step 8) nothing is left to train, and the module's ``on_train_end`` is in none."""
+
+    def run(module, ckpt_path=None):
+        rows, last = Rows(), LastCheckpoint(str(tmp_path / str(number)))
+        settings = {"max_epochs": 2, "log_every_n_steps": 1, "enable_checkpointing": True}
+        trainer = quiet_trainer(last, Preemption(last), logger=rows, **settings)
+        data = SyntheticCIFAR10(64, 16, batch_size=16, val_size=0)
+        with contextlib.nullcontext() if module.number is None else pytest.raises(Preempted):
+            trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        shutil.copy(last.path, tmp_path / "stopped.ckpt")
+        # the mean of an epoch that is resumed within is that of its rest
+        return [row for row in rows.rows if number % 4 == 0 or "loss_epoch" not in row[1]]
+
+    whole, first, second = Logs(), Logs(number), Logs()
+    expected = run(whole)
+    shutil.rmtree(tmp_path / str(number))
+    rows = run(first)
+    assert first.ended == (number == 8)
+    assert rows + run(second, tmp_path / "stopped.ckpt") == expected
+    assert_equal((first if number == 8 else second).state_dict(), whole.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR1])
+def test_the_signal_of_slurms_plugin_requeues_the_job(number, tmp_path, monkeypatch):
+    """Without a look at the plugin, SIGHUP ends the job for good, and SIGUSR2 stays with Lightning."""
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    slurm = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        settings = {"plugins": [SLURMEnvironment(requeue_signal=signal.SIGHUP if number == signal.SIGUSR1 else number)]}
+        last = LastCheckpoint(str(tmp_path))
+        trainer = quiet_trainer(last, Preemption(last), enable_checkpointing=True, **settings)
+        with pytest.raises(Preempted) as left:
+            trainer.fit(Logs(2, number), SyntheticCIFAR10(64, 16, batch_size=16, val_size=0))
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert left.value.code == 128 + number
+    calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+    assert calls == ("" if number == signal.SIGUSR1 else "requeue 4711\n"), "SIGUSR1 is not the plugin's here"
+
+
+def test_a_handler_that_was_not_pythons_is_no_error(tmp_path):
+    """``signal.signal`` returns None for it, which it does not take back."""
+
+    class Foreign(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            saver._previous[signal.SIGUSR1] = None  # only a program that starts Python can have set one
+
+    before = [signal.getsignal(number) for number in NUMBERS]
+    saver = Preemption(LastCheckpoint(str(tmp_path)))
+    fitted = quiet_trainer(Foreign(), saver, enable_checkpointing=True)
+    fitted.fit(LitBlitzNet(), SyntheticCIFAR10(64, 16, batch_size=16))
+    assert [signal.getsignal(number) for number in NUMBERS] == before
 
 
 def test_what_it_saves_by_is_there_without_a_signal_too(tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_basics.callbacks.last import MIN_SECONDS
 from lit_basics.checkpoint_io import DurableCheckpointIO, copied
 from lit_basics.files import local_path, replace_file
+from lit_basics.recording import recorder_of
 from lit_basics.steps import ends_after_batch
 
 
@@ -67,6 +68,7 @@ class BestLossCheckpoint(ModelCheckpoint):
         self._missed = False  # a validation came without val/loss
         self._off = False
         self._sharded = False  # it was told that there is no file of plain weights
+        self._resumed_within: int | None = None  # the epoch whose first batches were in another run
 
     @property
     def state_key(self) -> str:
@@ -77,7 +79,7 @@ class BestLossCheckpoint(ModelCheckpoint):
     def weights_path(self) -> Path:
         """The file of the plain weights."""
         assert self.dirpath is not None
-        return Path(self._weights_path or local_path(self.dirpath) / "best.pth")
+        return local_path(self._weights_path or Path(self.dirpath) / "best.pth")
 
     def default_to(self, dirpath: str, weights_path: str) -> None:
         """Write there, if no ``dirpath`` was given."""
@@ -87,6 +89,8 @@ class BestLossCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose what to monitor, now that the validation batches are known."""
         super().on_train_start(trainer, pl_module)
+        if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+            trainer.strategy.checkpoint_io.begin()
         if trainer.fit_loop.total_batch_idx < 0:  # another fit, and no resume
             self._forget_record()
             self.best_model_path, self.record_of = "", None
@@ -95,6 +99,7 @@ class BestLossCheckpoint(ModelCheckpoint):
             validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
             self.monitor = "val/loss" if validated else "train/loss"
         self._missed = self._off = False
+        self._resumed_within = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else None
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Return whether ``current`` is finite and lower than the best."""
@@ -116,7 +121,7 @@ class BestLossCheckpoint(ModelCheckpoint):
             self._choose_training_loss(trainer)
         elif self._lacks_epoch_value(trainer):
             return
-        if not self._off:
+        if not self._off and not self._is_of_the_rest(trainer):
             with self._own_saves(trainer):
                 super().on_train_epoch_end(trainer, pl_module)
 
@@ -155,6 +160,12 @@ class BestLossCheckpoint(ModelCheckpoint):
                 "it with on_epoch=True"
             )
         return True
+
+    def _is_of_the_rest(self, trainer: pl.Trainer) -> bool:
+        """Return whether a training metric is the mean of the rest of an epoch: Lightning keeps none of its begin."""
+        if trainer.current_epoch != self._resumed_within or not self._is_of_training(trainer):
+            return False
+        return self.monitor not in recorder_of(trainer).epoch_means()  # which is restored
 
     def _is_of_training(self, trainer: pl.Trainer) -> bool:
         """Return whether the training alone logs the monitor, whose value is complete at the epoch's end."""
@@ -202,7 +213,10 @@ class BestLossCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write weights that are held."""
         super().on_exception(trainer, pl_module, exception)
-        self._write_weights()
+        try:
+            self._write_weights()
+        except Exception as error:  # of a full disk: the callbacks behind have their turn
+            rank_zero_warn(f"{self.weights_path} could not be written: {type(error).__name__}: {error}")
 
     @contextmanager
     def _own_saves(self, trainer: pl.Trainer) -> Iterator[None]:

@@ -9,14 +9,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lit_basics.checkpoint_files import free_name, is_there, move_aside
+from lit_basics.checkpoint_io import DurableCheckpointIO
 from lit_basics.files import local_path
-from lit_basics.recording import compute_logged
+from lit_basics.loggers import MetricsCSV
+from lit_basics.recording import compute_logged, recorder_of
 from lit_basics.steps import at_step_boundary, ends_after_batch, place
 
 MIN_SECONDS = 10.0
 """Epochs shorter than this do not each write a file; the end of training always does."""
 MAX_SECONDS = 300.0
 """Within an epoch that is longer than this there is a save as well."""
+ASK_SECONDS = 60.0
+"""Several ranks ask each other about this often whether it is time, or after 50 batches."""
 
 
 class LastCheckpoint(Checkpoint):
@@ -42,7 +46,7 @@ class LastCheckpoint(Checkpoint):
         """What ``Trainer.test()`` takes where there is no other checkpoint callback; Lightning asks for it."""
         self._saved_at = 0.0
         self._saved: tuple[int, int] | None = None  # the place of the newest save
-        self._asked = False
+        self._asked_at, self._ask_at = (0.0, 0), 0  # when, and at which batch, the ranks asked; the batch of the next
         self._begins = False  # a new run, beside the file of another
         self._ended: tuple[int, int] | None = None  # that of a save within the epoch, at the end of training
 
@@ -52,7 +56,11 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and warn if this run begins anew where another has saved."""
+        if isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO):
+            trainer.strategy.checkpoint_io.begin()
         self._saved_at = time.monotonic() - MIN_SECONDS
+        self._asked_at = time.monotonic(), trainer.fit_loop.total_batch_idx
+        self._ask_at = 0
         begun = place(trainer) > (0, -1)
         self._saved = place(trainer) if begun else None  # a resumed run that makes no step has nothing to save
         self._ended = None
@@ -73,12 +81,12 @@ class LastCheckpoint(Checkpoint):
         if ends_after_batch(trainer) and at_step_boundary(trainer, halfway=True):
             self._save_end(trainer)
             return
-        # ranks must agree, which costs a message: they ask every 50 steps, or at the next boundary
-        steps = (batch_idx + 1) // trainer.accumulate_grad_batches
-        self._asked |= steps % 50 == 0 if trainer.world_size > 1 else self._is_older(MAX_SECONDS)
-        if self._asked and at_step_boundary(trainer):
-            self._asked = False
+        # ranks must agree, which costs a message: they ask now and then, at a boundary
+        asks = trainer.fit_loop.total_batch_idx >= self._ask_at
+        if (asks if trainer.world_size > 1 else self._is_older(MAX_SECONDS)) and at_step_boundary(trainer):
             self._save_if_older(trainer, MAX_SECONDS)
+            if trainer.world_size > 1:
+                self._choose_next(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if training ends with a validation within the epoch."""
@@ -112,6 +120,14 @@ class LastCheckpoint(Checkpoint):
         if trainer.strategy.broadcast(self._is_older(seconds)):
             self.save(trainer)
 
+    def _choose_next(self, trainer: pl.Trainer) -> None:
+        """Let rank 0 choose the batch after which the ranks ask each other again."""
+        then, batch = self._asked_at
+        self._asked_at = time.monotonic(), trainer.fit_loop.total_batch_idx
+        seconds = (self._asked_at[0] - then) / max(1, self._asked_at[1] - batch)
+        batches = int(min(max(ASK_SECONDS / max(seconds, 1e-9), 1), 50))
+        self._ask_at = self._asked_at[1] + trainer.strategy.broadcast(batches)
+
     def _is_older(self, seconds: float) -> bool:
         return time.monotonic() - self._saved_at >= seconds
 
@@ -122,6 +138,10 @@ class LastCheckpoint(Checkpoint):
         if self._begins and trainer.is_global_zero:  # strategies whose other ranks write too let them wait for rank 0
             move_aside(self.path)
         self._begins = False
+        recorder_of(trainer).flush_finished()
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.synchronize()
         trainer.save_checkpoint(self.path)
         self.best_model_path = str(self.path)
         self._saved_at, self._saved = time.monotonic(), place(trainer)

@@ -46,8 +46,9 @@ class Preemption(Checkpoint):
     the main process ends them. (A program that such a worker starts has SIGTERM blocked.) It goes behind all other
     callbacks.
 
-    Under SLURM, SIGUSR1 also requeues the job (``scontrol requeue``) once the state is saved, where Lightning
-    would: not in an interactive job, nor with ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
+    Under SLURM, SIGUSR1, or the ``requeue_signal`` of a ``SLURMEnvironment``, also requeues the job (``scontrol
+    requeue``) once the state is saved, where Lightning would: not in an interactive job, nor with
+    ``SLURMEnvironment(auto_requeue=False)``. The job must then go on from
     the state: ``--resume auto`` by command, ``fit(ckpt_path=...)`` where there is a ``last.ckpt`` in your own project.
 
     Args:
@@ -57,8 +58,9 @@ class Preemption(Checkpoint):
     def __init__(self, last: LastCheckpoint) -> None:
         self._last = last
         self._signal = 0
+        self._leaving = 0  # the signal for which the state is saved
         self._interrupted_at = float("inf")
-        self._requeues = False
+        self._requeue_signal: int | None = None
         self._telling = 0  # the process that tells of a Ctrl-C
         self._shields = False
         self._previous: dict[int, Any] = {}
@@ -108,13 +110,18 @@ class Preemption(Checkpoint):
         path, own = self._last.path, self._last.best_model_path  # of an earlier fit of this process
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and not own and path.exists():
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
-        self._signal, self._interrupted_at = 0, float("inf")
+        self._signal, self._leaving, self._interrupted_at = 0, 0, float("inf")
+        # Lightning's private name; its plugin may have another signal than SIGUSR1 for this
+        environment = trainer._accelerator_connector.cluster_environment
+        slurm = environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+        requeue = (slurm and slurm.requeue_signal) or signal.SIGUSR1
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in {*SIGNALS, requeue}:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
-        # Lightning has a handler for SIGUSR1 where the job is to be requeued, and nowhere else
-        self._requeues = callable(self._previous.get(signal.SIGUSR1)) and SLURMEnvironment.detect()
+        # Lightning has a handler for it where the job is to be requeued, and nowhere else
+        requeues = slurm and callable(self._previous.get(requeue)) and SLURMEnvironment.detect()
+        self._requeue_signal = requeue if requeues else None
         if trainer.is_global_zero and sys.__stderr__ is not None:  # else 2 may be any file
             self._telling = os.getpid()
         if agreed := _highest(int(signal.SIGTERM) if trainer.received_sigterm else 0, trainer):
@@ -138,25 +145,44 @@ class Preemption(Checkpoint):
         """Leave if a signal came, unless an epoch's end or a validation follows at once."""
         # ranks must ask each other; one alone knows
         if (self._signal or trainer.world_size > 1) and at_step_boundary(trainer):
-            self._leave_if_signalled(trainer)
+            self._save_if_signalled(trainer)
+            if self._leaving:
+                # Lightning logs the step after this hook, and has no other one before it draws the next batch; several
+                # steps for each of its batches have no self.log
+                if getattr(pl_module, "steps_per_execution", 1) == 1:
+                    trainer._logger_connector.update_train_step_metrics()
+                self._leave_if_saved(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave if a signal came."""
+        """Save if a signal came; Lightning has yet to log the epoch."""
         compute_logged(trainer)
-        self._leave_if_signalled(trainer)
+        self._save_if_signalled(trainer)
 
-    def _leave_if_signalled(self, trainer: pl.Trainer) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave if the state was saved at the end of the epoch before."""
+        self._leave_if_saved(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave if it was saved at the end of the last epoch: the training is complete."""
+        self._leave_if_saved(trainer)
+
+    def _save_if_signalled(self, trainer: pl.Trainer) -> None:
         number = _highest(self._signal, trainer)
         if not number:
             return
         self._last.save(trainer)
         trainer.strategy.checkpoint_io.teardown()  # it may hold the state or be writing it still
         trainer.strategy.barrier()
-        if number == signal.SIGUSR1 and self._requeues and trainer.is_global_zero:
+        if number == self._requeue_signal and trainer.is_global_zero:
             _requeue()
+        self._leaving = number
+
+    def _leave_if_saved(self, trainer: pl.Trainer) -> None:
+        if not self._leaving:
+            return
         if trainer.world_size > 1:
             let_launcher_leave(trainer.world_size)
-        raise Preempted(128 + number)
+        raise Preempted(128 + self._leaving)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the earlier handlers back: Lightning's, which puts back those before its own later on."""
@@ -173,7 +199,8 @@ class Preemption(Checkpoint):
     def _restore(self) -> None:
         self._shields = False
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None is one that was not Python's, of a profiler say, which cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
 
