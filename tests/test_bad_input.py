@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import quiet_trainer
 
 from lit_basics import UserError
 from lit_basics.checkpoint_files import load_checked
 from lit_basics.cli import main
+from lit_basics.run_files import has_stepped
 
 SMALL = (
     *("--data", "SyntheticCIFAR10", "--data.train_images", "100", "--data.test_images", "20"),
@@ -669,6 +671,11 @@ def test_going_on_with_data_that_does_not_fit(refused, trained, other_images, tm
     shutil.copytree(trained, tmp_path / "run")
     assert main(["fit", "--resume", "run", "--resume_reset", *other_images, *longer]) == 2
     assert_short(capsys.readouterr().err, told)
+
+
+def test_a_failed_search_has_made_no_step():
+    """Lightning leaves the Trainer with the callbacks of its search alone: the error was StopIteration."""
+    assert not has_stepped(quiet_trainer())
 
 
 def test_nothing_to_predict(refused, trained):

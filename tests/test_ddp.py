@@ -216,7 +216,7 @@ if __name__ == "__main__":
 
 
 def test_each_rank_draws_its_own(tmp_path):
-    """Without ``seed_by_rank`` all have the same dropout, and the same draws of a transform."""
+    """Without ``seed_by_rank`` all have the same dropout; what is drawn by Python and NumPy may be to agree on."""
     (tmp_path / "script.py").write_text(DRAWS)
 
     def drawn(devices, *words):
@@ -225,7 +225,9 @@ def test_each_rank_draws_its_own(tmp_path):
 
     (one,), two = drawn(1, "one"), drawn(2, "two")
     assert two[0] == one
-    assert all(a != b for pair in zip(*two, strict=True) for a, b in zip(*pair, strict=True))
+    for (*common, dropped), (*others, of_other) in zip(*two, strict=True):
+        assert common == others
+        assert dropped != of_other
     assert drawn(2, "resumed", "amid.ckpt") == [draws[2:] for draws in two]
 
 

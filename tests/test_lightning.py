@@ -627,6 +627,18 @@ def test_a_batch_that_is_no_pair_is_refused(batch, what):
         trainer().validate(Autoencoder(), loader)
 
 
+class Pair:
+    """A batch of somebody's own, which is neither a list nor a tuple."""
+
+    def __iter__(self):
+        return iter((torch.rand(4, 3), torch.rand(4, 3)))
+
+
+def test_a_batch_of_another_kind_is_taken_apart():
+    loader = DataLoader([Pair()], batch_size=None)
+    trainer(num_sanity_val_steps=0).fit(LitSupervised(nn.Linear(3, 3), nn.MSELoss()), loader, loader)
+
+
 class Tasks(nn.Module):
     def forward(self, predictions, targets):
         targets = targets.values() if isinstance(targets, dict) else targets

@@ -153,9 +153,7 @@ class LitSupervised(pl.LightningModule):
             batch: The pair (inputs, targets).
             batch_idx: Index of the batch in its epoch.
         """
-        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
-            raise self._no_pair(batch, "compute_loss")
-        x, y, *_ = batch
+        x, y = self._pair(batch, "compute_loss")
         loss: Tensor = self.criterion(self(x), y)
         return loss
 
@@ -261,9 +259,7 @@ class LitSupervised(pl.LightningModule):
         return predictions
 
     def _evaluate(self, batch: Any, metrics: nn.ModuleDict, predict: Callable[[Tensor], Tensor] | None = None) -> None:
-        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
-            raise self._no_pair(batch, "validation_step and test_step")
-        x, y, *_ = batch
+        x, y = self._pair(batch, "validation_step and test_step")
         predictions = (predict or self)(x)
         for metric in metrics.values():
             if isinstance(metric, MeanLoss):
@@ -271,10 +267,14 @@ class LitSupervised(pl.LightningModule):
             elif isinstance(metric, Metric):
                 metric.update(predictions, y)
 
-    def _no_pair(self, batch: Any, name: str) -> UserError:
-        # a tensor would be taken apart along its first dimension
-        what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
-        return UserError(f"a batch is {what}, not (inputs, targets): override {name} of {type(self).__name__}")
+    def _pair(self, batch: Any, name: str) -> tuple[Any, Any]:
+        several = isinstance(batch, (list, tuple))
+        # a tensor would be taken apart along its first dimension, a dict into keys
+        if len(batch) < 2 if several else isinstance(batch, (Tensor, Mapping, str)):
+            what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if several else "")
+            raise UserError(f"a batch is {what}, not (inputs, targets): override {name} of {type(self).__name__}")
+        x, y, *_ = batch
+        return x, y
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what works around the steps; a subclass that overrides this adds ``super()``'s."""

@@ -62,7 +62,10 @@ def has_trained(trainer: pl.Trainer) -> bool:
 
 def has_stepped(trainer: pl.Trainer) -> bool:
     """Return whether a training has made a step; those of the checkpoint that it goes on from are not its own."""
-    files = next(c for c in trainer.callbacks if isinstance(c, RunFiles))  # type: ignore[attr-defined]
+    # a search of Lightning's that failed leaves its own callbacks alone there
+    files = next((c for c in trainer.callbacks if isinstance(c, RunFiles)), None)  # type: ignore[attr-defined]
+    if files is None:
+        return False
     # a module that steps its optimizer past Lightning has no global_step
     beyond = trainer.global_step > files.first_step or trainer.fit_loop.total_batch_idx > files.first_batch
     return bool(files.written and beyond)

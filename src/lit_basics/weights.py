@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_basics.checkpoint_files import load_checked
-from lit_basics.data.arrays import MEAN, ArrayDataModule
+from lit_basics.data.arrays import MEAN, STD, ArrayDataModule
 from lit_basics.errors import UserError
 
 
@@ -30,7 +30,8 @@ def load_weights(model: pl.LightningModule, path: Path, data: Any = None) -> boo
     # Lightning looks under the class of this DataModule, and the run's may be another
     state = next((part for part in checkpoint.values() if isinstance(part, dict) and MEAN in part), None)
     if state and isinstance(data, ArrayDataModule):
-        data.load_state_dict(state)
+        data.mean = state[MEAN] if data.mean is None else data.mean
+        data.std = state[STD] if data.std is None else data.std
     if any(is_overridden(hook, model) for hook in ("configure_model", "setup", "on_load_checkpoint")):
         return False  # layers, or the checkpoint's names, may be made there
     try:

@@ -302,6 +302,7 @@ def test_the_rows_of_a_foreign_module_are_those_of_a_run_that_never_stopped(numb
     shutil.rmtree(tmp_path / str(number))
     rows = run(first)
     assert first.ended == (number == 8)
+    assert first.trainer.callbacks[-1]._leaving == 0, "a fit that finds nothing to train would leave again"
     assert rows + run(second, tmp_path / "stopped.ckpt") == expected
     assert_equal((first if number == 8 else second).state_dict(), whole.state_dict())
 

@@ -107,16 +107,30 @@ def test_a_checkpoint_has_the_statistics_and_those_given_win():
     """Otherwise other images, here without the validation images, are normalised by their own."""
     trained, other = ready(SyntheticCIFAR10(200, 10, val_size=50)), {"train_images": 100, "test_images": 10}
     for state in (trained.state_dict(), {}):
-        for early in (True, False):
-            data, mean = SyntheticCIFAR10(**other), SyntheticCIFAR10(**other, mean=[0.5])
-            for one in (data, mean):
-                if not early:
-                    one.setup("test")  # Lightning restores after it
-                one.load_state_dict(state)
-                assert torch.equal(ready(one).normalize.std, trained.normalize.std) == bool(state)
-            assert torch.equal(data.normalize.mean, trained.normalize.mean) == bool(state)
-            assert mean.normalize.mean.flatten().tolist() == [0.5]
+        data, mean = SyntheticCIFAR10(**other), SyntheticCIFAR10(**other, mean=[0.5])
+        for one in (data, mean):
+            one.setup("test")  # Lightning restores after it
+            one.load_state_dict(state)
+            assert torch.equal(one.normalize.std, trained.normalize.std) == bool(state)
+        assert torch.equal(data.normalize.mean, trained.normalize.mean) == bool(state)
+        assert mean.normalize.mean.flatten().tolist() == [0.5]
     assert SyntheticCIFAR10().state_dict() == {}
+
+
+def test_a_checkpoints_statistics_hold_until_the_next_checkpoint_or_fit():
+    """Else a script that evaluates two runs, or then trains anew, goes on with those of the first."""
+    first, second = (ready(SyntheticCIFAR10(size, 10)) for size in (200, 150))
+    data = ready(SyntheticCIFAR10(100, 10))
+    own = data.state_dict()
+    for run in (first, second):
+        data.setup("test")
+        data.load_state_dict(run.state_dict())
+        assert data.state_dict() == run.state_dict()
+    data.setup("fit")
+    assert data.state_dict() == own
+    data.normalize = torch.nn.Identity()  # a subclass's own
+    data.load_state_dict(first.state_dict())
+    assert data.state_dict() == {}
 
 
 def test_channel_statistics_are_exact():

@@ -60,6 +60,7 @@ class Preemption(Checkpoint):
         self._signal = 0
         self._leaving = 0  # the signal for which the state is saved
         self._interrupted_at = float("inf")
+        self._signals: set[int] = {*SIGNALS}
         self._requeue_signal: int | None = None
         self._telling = 0  # the process that tells of a Ctrl-C
         self._shields = False
@@ -82,15 +83,16 @@ class Preemption(Checkpoint):
             self._last = same[0]
         else:
             self._last.setup(trainer, pl_module, stage)
+        self._leaving = 0
         if stage == TrainerFn.FITTING:  # the workers of the first epoch are forked before training starts
-            self._shields = True
+            self._signals, self._shields = {*SIGNALS, _signal_of_requeue(trainer)}, True
             multiprocessing.util.register_after_fork(self, Preemption._shield)
 
     def _shield(self) -> None:
         """Block the signals in a DataLoader's worker; torch's own handler of SIGTERM would end it, and the fit."""
         if self._shields and getattr(multiprocessing.current_process(), "_target", None) is _worker_loop:
             self._shields = False
-            for number in SIGNALS:
+            for number in self._signals:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     signal.signal(number, _pass_over)  # a program that the worker starts does not inherit it
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # torch sets its handler after this
@@ -111,16 +113,13 @@ class Preemption(Checkpoint):
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and not own and path.exists():
             raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
         self._signal, self._leaving, self._interrupted_at = 0, 0, float("inf")
-        # Lightning's private name; its plugin may have another signal than SIGUSR1 for this
-        environment = trainer._accelerator_connector.cluster_environment
-        slurm = environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
-        requeue = (slurm and slurm.requeue_signal) or signal.SIGUSR1
         if threading.current_thread() is threading.main_thread():
-            for number in {*SIGNALS, requeue}:
+            for number in self._signals:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         # Lightning has a handler for it where the job is to be requeued, and nowhere else
-        requeues = slurm and callable(self._previous.get(requeue)) and SLURMEnvironment.detect()
+        requeue, slurm = _signal_of_requeue(trainer), _slurm(trainer)
+        requeues = slurm and slurm.auto_requeue and callable(self._previous.get(requeue)) and SLURMEnvironment.detect()
         self._requeue_signal = requeue if requeues else None
         if trainer.is_global_zero and sys.__stderr__ is not None:  # else 2 may be any file
             self._telling = os.getpid()
@@ -163,7 +162,8 @@ class Preemption(Checkpoint):
         self._leave_if_saved(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave if it was saved at the end of the last epoch: the training is complete."""
+        """Leave if it was saved at the end of the last epoch: the training is complete, and no job is requeued."""
+        self._requeue_signal = None
         self._leave_if_saved(trainer)
 
     def _save_if_signalled(self, trainer: pl.Trainer) -> None:
@@ -173,16 +173,17 @@ class Preemption(Checkpoint):
         self._last.save(trainer)
         trainer.strategy.checkpoint_io.teardown()  # it may hold the state or be writing it still
         trainer.strategy.barrier()
-        if number == self._requeue_signal and trainer.is_global_zero:
-            _requeue()
         self._leaving = number
 
     def _leave_if_saved(self, trainer: pl.Trainer) -> None:
-        if not self._leaving:
+        number, self._leaving = self._leaving, 0
+        if not number:
             return
+        if number == self._requeue_signal and trainer.is_global_zero:
+            _requeue()
         if trainer.world_size > 1:
             let_launcher_leave(trainer.world_size)
-        raise Preempted(128 + self._leaving)
+        raise Preempted(128 + number)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the earlier handlers back: Lightning's, which puts back those before its own later on."""
@@ -202,6 +203,18 @@ class Preemption(Checkpoint):
             # None is one that was not Python's, of a profiler say, which cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
+
+
+def _slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:
+    # Lightning's private name
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) else None
+
+
+def _signal_of_requeue(trainer: pl.Trainer) -> int:
+    """Return the signal at which a job of SLURM is to be requeued; Lightning's plugin may have another than SIGUSR1."""
+    slurm = _slurm(trainer)
+    return (slurm and slurm.auto_requeue and slurm.requeue_signal) or signal.SIGUSR1
 
 
 def _pass_over(number: int, frame: Any) -> None:

@@ -24,12 +24,13 @@ class RandomState(pl.Callback):
     """Saves the state of Python's, NumPy's and torch's generators, and of the device's; restores it on a resume.
 
     Lightning saves none. Each process gets its own back, and that of its GPU, whichever that is now. Works in any
-    Lightning project. Where a fit begins, it seeds each process but the first by its rank, so that dropout and random
-    transforms differ among them. It also keeps Lightning 2.6 from ending an epoch a second time, and leaving one out,
-    when a run with ``max_steps`` is resumed at an epoch's end, gives our loaders their place where
-    ``configure_optimizers`` read ``trainer.estimated_stepping_batches``, which makes Lightning forget it, lets a
-    ``GradientAccumulationScheduler`` go on within an epoch, and warns if the number of threads, or the kind of device,
-    is another.
+    Lightning project. Where a fit begins, it seeds torch in each process but the first by its rank, so that dropout
+    and torchvision's transforms differ among them. Python's and NumPy's generators stay as they are: what processes
+    have to draw alike, such as the order of files, may come from those. It also keeps Lightning 2.6 from ending an
+    epoch a second time, and leaving one out, when a run with ``max_steps`` is resumed at an epoch's end, gives our
+    loaders their place where ``configure_optimizers`` read ``trainer.estimated_stepping_batches``, which makes
+    Lightning forget it, lets a ``GradientAccumulationScheduler`` go on within an epoch, and warns if the number of
+    threads, or the kind of device, is another.
     """
 
     def __init__(self) -> None:
@@ -129,11 +130,9 @@ class RandomState(pl.Callback):
 
 
 def seed_by_rank(rank: int) -> None:
-    """Seed this process's generators from torch's seed, which all processes have in common, and its rank."""
-    seeds = np.random.SeedSequence((torch.initial_seed(), rank)).generate_state(3, np.uint64)
-    random.seed(int(seeds[0]))
-    np.random.seed(int(seeds[1]) >> 32)
-    torch.manual_seed(int(seeds[2]) >> 1)  # those of the devices too
+    """Seed torch's generators, also those of the devices, from their seed, which the processes share, and the rank."""
+    state = np.random.SeedSequence((torch.initial_seed(), rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
 
 
 def generator_states(device: torch.device = CPU) -> dict[str, Any]:

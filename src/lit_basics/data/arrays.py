@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
@@ -219,6 +220,7 @@ class ArrayDataModule(pl.LightningDataModule):
             )
             self.transform = partial(per_image, transform)  # which can be pickled
         self._arrays: ImageArrays | None = None
+        self._own: Normalize | None = None  # what a fit begins with, while a checkpoint's is in the place of it
 
     def load(self) -> ImageArrays:
         """Return uint8 images and labels, on the CPU; called once in each process, after ``prepare_data``."""
@@ -235,6 +237,8 @@ class ArrayDataModule(pl.LightningDataModule):
         """Load the arrays, split off the validation images and move all to the accelerator if they fit."""
         if self._arrays is None:
             self._arrays, self._train, self._val = self._split()
+        elif stage == TrainerFn.FITTING and self._own is not None:
+            self.normalize, self._own = self._own, None
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if fits(self._arrays, device):
             self._arrays = ImageArrays(*(array.to(device) for array in self._arrays))
@@ -265,18 +269,18 @@ class ArrayDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the mean and the standard deviation that images are normalised by; nothing before ``setup``."""
-        if self._arrays is None:
+        if self._arrays is None or not isinstance(self.normalize, Normalize):  # a subclass's own
             return {}
         return {MEAN: self.normalize.mean.flatten().tolist(), STD: self.normalize.std.flatten().tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Normalise as the run did that the state is of, whatever these images are, but as ``mean`` and ``std`` say."""
-        if MEAN not in state_dict:  # an older subclass's
+        """Normalise as the run did that the state is of, until the next fit, but as ``mean`` and ``std`` say."""
+        if MEAN not in state_dict or self._arrays is None or not isinstance(self.normalize, Normalize):
             return
-        self.mean = state_dict[MEAN] if self.mean is None else self.mean
-        self.std = state_dict[STD] if self.std is None else self.std
-        if self._arrays is not None:
-            self.normalize = Normalize(self.mean, self.std, self._arrays.x_train.shape[1])
+        self._own = self._own or self.normalize
+        mean = state_dict[MEAN] if self.mean is None else self.mean
+        std = state_dict[STD] if self.std is None else self.std
+        self.normalize = Normalize(mean, std, self._arrays.x_train.shape[1])
 
     def train_dataloader(self) -> ArrayLoader:
         """Return the shuffled, augmented training batches."""

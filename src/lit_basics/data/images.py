@@ -24,7 +24,7 @@ class Normalize:
         channels: Number of channels.
 
     Raises:
-        UserError: If a length does not fit ``channels``, a value is not in [0, 1], or a standard deviation is 0.
+        UserError: If a length does not fit ``channels``, a mean is above 1, or a standard deviation is not positive.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
@@ -34,13 +34,10 @@ class Normalize:
                     f"{name} has {len(values)} values, but the images have {channels} channels; for fit, "
                     f"--data.{name} null measures it"
                 )
-        if min(std) <= 0:
+        if not all(value > 0 for value in std):
             raise UserError(f"std is {list(std)}; it must be positive")
-        for name, values in (("mean", mean), ("std", std)):
-            if not all(0 <= value <= 1 for value in values):
-                raise UserError(
-                    f"{name} is {list(values)}; it is of pixels in [0, 1]: divide one of pixels from 0 to 255 by 255"
-                )
+        if not all(value <= 1 for value in mean):
+            raise UserError(f"mean is {list(mean)}; pixels are in [0, 1]: divide mean and std of 0 to 255 by 255")
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         # by a tensor, which a GPU divides exactly, where it multiplies by the reciprocal of a number
