@@ -82,10 +82,11 @@ class LastCheckpoint(Checkpoint):
             self._save_end(trainer)
             return
         # ranks must agree, which costs a message: they ask now and then, at a boundary
-        asks = trainer.fit_loop.total_batch_idx >= self._ask_at
-        if (asks if trainer.world_size > 1 else self._is_older(MAX_SECONDS)) and at_step_boundary(trainer):
+        several = trainer.world_size > 1
+        due = trainer.fit_loop.total_batch_idx >= self._ask_at if several else self._is_older(MAX_SECONDS)
+        if due and at_step_boundary(trainer):
             self._save_if_older(trainer, MAX_SECONDS)
-            if trainer.world_size > 1:
+            if several:
                 self._choose_next(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
