@@ -97,7 +97,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise SystemExit(1) from error
     except Exception as error:
         failed = True
-        if config.config.ckpt_path and _was_restoring(error):
+        if config.config.ckpt_path and _was_restoring(trainer, error):
             reason = f"{type(error).__name__}: {first_line(error)[:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
@@ -143,10 +143,10 @@ def _why_nothing_was_left(trainer: pl.Trainer) -> str:
     return f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
 
 
-def _was_restoring(error: Exception) -> bool:
+def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
     """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
     known = isinstance(error, (UserError, OSError, MisconfigurationException))
-    if known:
+    if known or trainer is None or has_stepped(trainer):
         return False
     ours = Path(__file__).parent  # our callbacks give states back when training starts
     frames = traceback.extract_tb(error.__traceback__)
