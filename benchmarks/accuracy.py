@@ -52,9 +52,9 @@ def plain_loop(recipe: str, path: str, seed: int, exact: bool) -> tuple[float, l
         y, y_test = (torch.from_numpy(file[k].astype(np.int64)) for k in ("y_train", "y_test"))
     torch.manual_seed(seed)
     model = net(recipe)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=recipe == "blitz")
     order = EpochOrder(len(x), batch, shuffle=True, seed=seed)
-    torch.backends.mkldnn.enabled = recipe != "blitz"  # as the recipe's ProcessSettings
+    torch.backends.mkldnn.enabled = recipe != "blitz"  # as the recipe's
     for _ in range(epochs):
         for index in (i for _, i in order) if exact else torch.randperm(len(x)).split(batch):
             optimizer.zero_grad()

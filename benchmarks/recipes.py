@@ -31,10 +31,12 @@ class Settings(NamedTuple):
     """The recipe's overlays."""
     onednn: bool = True
     """As the recipe's ProcessSettings."""
+    fused: bool = False
+    """As the recipe's optimizer."""
 
 
 RECIPES = {
-    "blitz": Settings(BlitzNet, 4, 0.001, 0.9, 0.5, 0.5, 1500, onednn=False),
+    "blitz": Settings(BlitzNet, 4, 0.001, 0.9, 0.5, 0.5, 1500, onednn=False, fused=True),
     "lenet5": Settings(LeNet5, 64, 0.01, 0.9, 0.5, 0.5, 300),
     "convnet3": Settings(ConvNet3, 64, 0.01, 0.0, 0.0, 1.0, 60, ("--config", "long")),
 }
@@ -47,7 +49,7 @@ def by_hand(settings: Settings, steps: int) -> tuple[float, list[Tensor]]:
     x, y, *_ = SyntheticCIFAR10(steps * batch, 10).load()
     torch.manual_seed(0)
     net, criterion = settings.net(), nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(net.parameters(), lr=settings.lr, momentum=settings.momentum)
+    optimizer = torch.optim.SGD(net.parameters(), lr=settings.lr, momentum=settings.momentum, fused=settings.fused)
     begun = 0.0
     for step, index in EpochOrder(steps * batch, batch, shuffle=True):
         if step == 20:

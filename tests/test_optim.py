@@ -10,8 +10,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lit_basics import FilterMuon, LeanSGD, LeNet5, PairedOptimizer, UserError
 
 
-def steps(optimizer_class, sparse=False, **arguments):
-    """Train two groups for six steps, one parameter without a gradient in the first two; return all that came of it."""
+def steps(optimizer_class, sparse=False, late=True, **arguments):
+    """Train two groups for six steps and return all that came of it.
+
+    ``late`` is whether one parameter has no gradient in the first two.
+    """
     torch.manual_seed(0)
     net = nn.Embedding(20, 3, sparse=True) if sparse else LeNet5()
     params = list(net.parameters())
@@ -21,7 +24,7 @@ def steps(optimizer_class, sparse=False, **arguments):
         optimizer.zero_grad()
         inputs = torch.randint(20, (8,)) if sparse else torch.randn(4, 3, 32, 32)
         net(inputs).square().mean().backward()
-        if step < 2 and not sparse:
+        if step < 2 and late and not sparse:
             params[-1].grad = None
         optimizer.step()
     return params, optimizer
@@ -35,8 +38,10 @@ ARGUMENTS = [
 ]
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda arguments: "-".join(arguments) or "plain")
-def test_lean_sgd_equals_torchs(arguments):
+def test_lean_sgd_equals_torchs(arguments, fused):
+    arguments = {**arguments, "fused": fused, "late": not fused}  # torch's own takes no late momentum where it is fused
     (ours, lean), (theirs, sgd) = steps(LeanSGD, **arguments), steps(torch.optim.SGD, **arguments)
     assert all(map(torch.equal, ours, theirs))
     assert lean.state_dict().keys() == sgd.state_dict().keys()
@@ -46,17 +51,55 @@ def test_lean_sgd_equals_torchs(arguments):
         assert torch.equal(state["momentum_buffer"], states[1][index]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
-def test_lean_sgd_equals_torchs_in_every_dtype(dtype):
+FLOATS = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [*((d, f) for d in FLOATS for f in (None, True)), (torch.complex64, None)])
+def test_lean_sgd_equals_torchs_in_every_dtype(dtype, fused):
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 99).to(dtype)) for _ in range(2))
-    optimizers = [kind([p], lr=0.1, momentum=0.9) for kind, p in ((LeanSGD, ours), (torch.optim.SGD, theirs))]
+    both = ((LeanSGD, ours), (torch.optim.SGD, theirs))
+    optimizers = [kind([p], lr=0.1, momentum=0.9, fused=fused) for kind, p in both]
     for _ in range(5):
         ours.grad = torch.randn(99).to(dtype)
         theirs.grad = ours.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
     assert torch.equal(ours, theirs)
+
+
+def test_fused_takes_kinds_and_late_gradients_together_and_rounds_otherwise():
+    """As if each parameter had an optimizer of its own."""
+    torch.manual_seed(0)
+    start = [torch.randn(99), torch.randn(99, dtype=torch.float64), torch.randn(99), torch.randn(5, 99)]
+    together, alone, unfused = ([nn.Parameter(value.clone()) for value in start] for _ in range(3))
+    arguments = {"lr": 0.1, "momentum": 0.9, "fused": True}
+    optimizers = [LeanSGD(together, **arguments), *(LeanSGD([p], **arguments) for p in alone)]
+    optimizers.append(LeanSGD(unfused, lr=0.1, momentum=0.9))
+    for step in range(6):
+        for index, parameters in enumerate(zip(together, alone, unfused, strict=True)):
+            gradient = None if step < 2 and index == 2 else torch.randn_like(parameters[0])
+            for parameter in parameters:
+                parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(map(torch.equal, together, alone))
+    assert not all(map(torch.equal, together, unfused))
+
+
+def test_fused_refuses_sparse_gradients():
+    with pytest.raises(RuntimeError, match="Sparse"):
+        steps(LeanSGD, sparse=True, fused=True)
+
+
+def test_fused_updates_once_where_a_grad_scaler_has_unscaled():
+    """``torch.optim.SGD`` unscales within its kernel, by what the scaler hands it; this one has it done before."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = LeanSGD([parameter], lr=0.5, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(parameter.sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(parameter, torch.full((3,), 0.5))
 
 
 def called_hooks(optimizer_class):

@@ -18,6 +18,7 @@ OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 """Makes a learning-rate scheduler from an optimizer."""
 _Tensors = tuple[Tensor, ...] | list[Tensor]
+_FUSED = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
 
 class PairedOptimizer(Optimizer):
@@ -134,9 +135,12 @@ class LeanSGD(torch.optim.SGD):
         weight_decay: Added to a gradient: this times the parameter.
         nesterov: Whether the momentum is Nesterov's.
         maximize: Whether the loss is to grow.
+        fused: Whether torch's kernel for all of it makes the update, in one call: ``torch.optim.SGD(fused=True)``,
+            bit for bit, which rounds otherwise than without.
 
     Raises:
         ValueError: If a value is negative, or ``nesterov`` comes without momentum or with dampening.
+        RuntimeError: In a step, if ``fused`` and a gradient is sparse.
     """
 
     def __init__(
@@ -149,8 +153,10 @@ class LeanSGD(torch.optim.SGD):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, fused=fused)
+        self._step_supports_amp_scaling = False  # a GradScaler unscales the gradients itself
 
     @_ranged_if_profiled
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -165,7 +171,7 @@ class LeanSGD(torch.optim.SGD):
             moved = [(p, g) for p in group["params"] if (g := p.grad) is not None]
             if moved:
                 params, grads = zip(*moved, strict=True)
-                self._move(params, grads, group)
+                (self._move_fused if group["fused"] else self._move)(params, grads, group)
 
     def _move(self, params: _Tensors, grads: _Tensors, group: dict[str, Any]) -> None:
         if group["maximize"]:
@@ -187,6 +193,20 @@ class LeanSGD(torch.optim.SGD):
             momenta = [state["momentum_buffer"] for state in states]
             grads = torch._foreach_add(grads, momenta, alpha=momentum) if group["nesterov"] else momenta
         torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+    def _move_fused(self, params: _Tensors, grads: _Tensors, group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params] if group["momentum"] else []
+        begun = {"momentum_buffer" in state for state in states}
+        if len(begun) > 1 or len({p.dtype for p in params}) > 1 or len({p.device for p in params}) > 1:
+            for p, g in zip(params, grads, strict=True):  # the kernel takes what is alike
+                self._move_fused((p,), (g,), group)
+            return
+        first = False in begun
+        if first:
+            for state, g in zip(states, grads, strict=True):
+                state["momentum_buffer"] = torch.empty_like(g)
+        momenta = [state["momentum_buffer"] for state in states]
+        torch._fused_sgd_(params, grads, momenta, **{name: group[name] for name in _FUSED}, is_first_step=first)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free the gradients, or set them to zero."""

@@ -10,7 +10,7 @@ from torchvision import transforms
 
 STEPS = 500
 ONE = ["--model.steps_per_execution", "1"]
-DEFAULTS = ["--trainer.callbacks", "[{class_path: GradientMonitor}]"]
+DEFAULTS = ["--trainer.callbacks", "[{class_path: GradientMonitor}]", "--model.optimizer.fused", "false"]
 
 
 class Net(nn.Module):
@@ -34,14 +34,14 @@ class Net(nn.Module):
         return self.fc3(x)
 
 
-def tutorial(path, initial, size):
-    """The tutorial's loop: the losses and the weights after every step."""
+def tutorial(path, initial, size, fused):
+    """The tutorial's loop: the losses and the weights after every step; ``fused`` is whether SGD is."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
     with np.load(path) as file:
         images, labels = file["x_train"], file["y_train"]
     net = Net()
     net.load_state_dict(initial)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9, fused=fused)
     losses, weights = [], []
     for epoch in range(STEPS * 4 // size):
         for index in epoch_indices(0, epoch, size).split(4):
@@ -57,16 +57,16 @@ def tutorial(path, initial, size):
 
 
 @pytest.mark.parametrize(
-    ("words", "onednn"),
-    [([], False), (ONE, False), ([*ONE, "--config", "manual"], False), (DEFAULTS, True)],
+    ("words", "switched"),
+    [([], True), (ONE, True), ([*ONE, "--config", "manual"], True), (DEFAULTS, False)],
     ids=["as the recipe is", "automatic", "manual", "at torch's defaults"],
 )
-def test_recipe_equals_the_tutorials_loop(words, onednn, tmp_path, monkeypatch):
+def test_recipe_equals_the_tutorials_loop(words, switched, tmp_path, monkeypatch):
     path = write_npz(tmp_path / "images.npz", train=1000)
     data = ["--data", "NpzDataModule", "--data.path", path]
     _, weights, trainer = train("--config", "blitz", *words, *data, "--trainer.max_epochs", "2")
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
-    losses, after = tutorial(path, weights.before, 1000)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", not switched)
+    losses, after = tutorial(path, weights.before, 1000, fused=switched)
     assert_same_steps(weights.after, after, STEPS)
     epoch_mean = trainer.callback_metrics["train/loss"].item()
     assert epoch_mean == pytest.approx(np.mean(losses[250:]))

@@ -113,7 +113,7 @@ class ArrayLoader:
         for batch, index in self.sampler:
             index = sent([index], self.inputs.device)[0]
             if self._indices is not None:
-                index = self._indices[index]
+                index = self._indices.index_select(0, index)
             x = self.inputs.index_select(0, index)  # row by row; indexing copies byte by byte on the CPU
             if self._transform is not None:
                 x = self._transform(x)
