@@ -16,7 +16,9 @@ from helpers import quiet_trainer
 from lit_basics import UserError
 from lit_basics.checkpoint_files import load_checked
 from lit_basics.cli import main
+from lit_basics.errors import own_frames
 from lit_basics.run_files import has_stepped
+from lit_basics.weights import is_restoring
 
 SMALL = (
     *("--data", "SyntheticCIFAR10", "--data.train_images", "100", "--data.test_images", "20"),
@@ -82,6 +84,7 @@ def assert_short(message, *fragments):
         ("fit --config .", ["folder"]),
         ("fit --config= quickstart", ["--config needs a value"]),
         ("fit --config quickstart --data.batch_size", ["--data.batch_size needs a value"]),
+        ("fit --config quickstart --data.batch_size=8 --data.seed", ["--data.seed needs a value"]),
         ("fit --config quickstart --data.batch_size --trainer.max_epochs 1", ["--data.batch_size needs a value"]),
         ("fit --config quickstart --model.optimizer.lr -1e-3", ["is one after =: --model.optimizer.lr=-1e-3"]),
         ("fit --config quickstart --model --data SyntheticCIFAR10", ["--model needs a value"]),
@@ -524,6 +527,48 @@ def test_an_error_in_the_users_own_code_keeps_its_traceback(mine):
     with pytest.raises(TypeError, match="unsupported operand"):
         main([*QUICK, *SMALL, "--data.transform", f"{name}.Broken"])
     assert not Path("runs").exists()
+
+
+WORKERS = """
+from torch.utils.data import DataLoader
+from lit_basics import SyntheticCIFAR10
+
+def collate(samples):
+    return None + len(samples)
+
+class Data(SyntheticCIFAR10):
+    def train_dataloader(self):
+        return DataLoader(range(8), batch_size=4, num_workers=1, collate_fn=collate)
+"""
+
+
+def test_an_error_in_a_worker_keeps_its_traceback(mine):
+    """Raised again in this process, it has frames of torch's only; "cannot train on this data" would be all of it."""
+    with pytest.raises(TypeError, match=r"(?s)Caught TypeError in DataLoader worker.*in collate"):
+        main([*QUICK, "--data", f"{mine(WORKERS)}.Data", *SMALL[2:]])
+
+
+@pytest.mark.parametrize("folder", ["/usr/lib/python3/dist-packages", "/opt/lib/python3.12/site-packages"])
+def test_libraries_are_not_the_users_own_code(folder):
+    """On Debian's Python and in Colab they are in dist-packages."""
+    source = compile("def fail():\n    raise TypeError", f"{folder}/torch/functional.py", "exec")
+    names: dict = {}
+    exec(source, names)
+    with pytest.raises(TypeError) as raised:
+        names["fail"]()
+    assert [Path(frame.filename).name for frame in own_frames(raised.value)] == [Path(__file__).name]
+
+
+def test_a_full_gpu_is_not_the_checkpoints_fault():
+    """It is told as it is; "lacks a part of a run's state" would have good checkpoints thrown away."""
+
+    def restore_training_state(error):
+        raise error
+
+    for error, wanted in ((RuntimeError("size mismatch"), True), (torch.cuda.OutOfMemoryError("full"), False)):
+        with pytest.raises(RuntimeError) as raised:
+            restore_training_state(error)
+        assert is_restoring(raised.value) is wanted
 
 
 # runs and checkpoints

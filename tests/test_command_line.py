@@ -501,6 +501,14 @@ class Data(SyntheticCIFAR10):
         super().__init__(**kwargs)
         self.annotations = annotations
 
+class Twice(Data):
+    def predict_dataloader(self):
+        return [super().predict_dataloader(), super().predict_dataloader()]
+
+class Placed(LitLeNet5):
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return super().predict_step(batch, batch_idx)
+
 class Silent(LitLeNet5):
     def test_step(self, batch, batch_idx):
         pass
@@ -555,6 +563,16 @@ def test_predictions_keep_their_dtype(name, dtype, value, own):
     with np.load(run / "predictions.npz") as file:
         assert file["outputs"].dtype == dtype
         assert set(file["outputs"].tolist()) == {value}
+
+
+def test_predictions_of_several_loaders_come_one_after_the_other(own):
+    """Lightning returns a list of each, and ``predict_step`` was said to."""
+    data = ("--data", f"{own}.Twice", "--data.annotations", "none", *SMALL[2:])
+    run = fit("--model", f"{own}.Placed", *data)
+    assert main(["predict", "--run_dir", str(run)]) == 0
+    with np.load(run / "predictions.npz") as file:
+        first, second = np.split(file["outputs"], 2)
+    assert np.array_equal(first, second)
 
 
 def test_the_directory_of_a_run_is_typed(tmp_path, capsys):

@@ -656,6 +656,43 @@ def test_each_sample_counts_once_whatever_the_targets_are(kind):
     assert result["val/loss"] == pytest.approx(whole.item())
 
 
+class Boxes(nn.Module):
+    def forward(self, predictions, targets):
+        return torch.stack([(p - t.sum()).square() for p, t in zip(predictions[:, 0], targets, strict=True)]).mean()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_ragged_targets_count_as_samples(listed):
+    """Taken as long as the first, a batch whose first image has no boxes is no batch: ``val/loss`` was NaN."""
+    x, boxes = torch.randn(5, 3), [torch.randn(n, 4) for n in (0, 2, 1, 3, 1)]
+    parts = (slice(0, 3), slice(3, 5))
+
+    class Listed(LitSupervised):
+        def forward(self, x):
+            return super().forward(torch.stack(x) if listed else x)
+
+    module = Listed(nn.Linear(3, 1), Boxes())
+    batches = [(list(x[part]) if listed else x[part], boxes[part]) for part in parts]
+    (result,) = trainer().validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    whole = module.criterion(module(list(x) if listed else x), boxes)
+    assert result["val/loss"] == pytest.approx(whole.item())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_begins_its_metrics(stage):
+    """Those of one that failed, or that a user tried by hand, were counted again."""
+    module = LitClassifier(small_net())
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    batches = DataLoader([(x, y)], batch_size=None)
+    (first,) = getattr(trainer(), stage)(module, batches, verbose=False)
+    module.test_step((x, (y + 1) % 8), 0)
+    module.validation_step((x, (y + 1) % 8), 0)
+    (second,) = getattr(trainer(), stage)(module, batches, verbose=False)
+    assert first == second
+    (third,) = getattr(trainer(inference_mode=False), stage)(module, batches, verbose=False)
+    assert third == first
+
+
 class Weighted(LitClassifier):
     def __init__(self, weights, scale=1.0, rates=(), **kwargs):
         super().__init__(small_net(), criterion=nn.CrossEntropyLoss(torch.tensor(weights)), **kwargs)

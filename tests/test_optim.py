@@ -87,9 +87,42 @@ def test_fused_takes_kinds_and_late_gradients_together_and_rounds_otherwise():
     assert not all(map(torch.equal, together, unfused))
 
 
-def test_fused_refuses_sparse_gradients():
-    with pytest.raises(RuntimeError, match="Sparse"):
-        steps(LeanSGD, sparse=True, fused=True)
+@pytest.mark.parametrize("what", ["momentum", "gradient", "first gradient"])
+def test_fused_sees_layouts(what):
+    """Torch's kernel takes memory as it lies: each weight would get another's momentum, or gradient."""
+    torch.manual_seed(0)
+    filters, gradients = torch.randn(4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    parameters, optimizers = [nn.Parameter(filters.clone()) for _ in range(2)], []
+    for parameter, fused in zip(parameters, (True, False), strict=True):
+        optimizer = LeanSGD([parameter], lr=0.1, momentum=0.9, fused=fused)
+        for step, gradient in enumerate(gradients):
+            if what == "momentum" and step == 1:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
+                gradient = gradient.to(memory_format=torch.channels_last)
+            if what == ("gradient" if step else "first gradient"):
+                gradient = gradient.to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        optimizers.append(optimizer)
+    torch.testing.assert_close(*parameters, rtol=0, atol=1e-6)  # fused rounds otherwise
+
+
+def test_fused_takes_a_state_without_a_momentum():
+    """As older versions of torch saved it."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = LeanSGD([parameter], lr=0.5, momentum=0.9, fused=True)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {"momentum_buffer": None}}})
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(parameter, torch.full((3,), 0.5))
+
+
+def test_fused_takes_sparse_gradients_as_they_are():
+    """Which torch's own refuses."""
+    (fused,), _ = steps(LeanSGD, sparse=True, fused=True)
+    (unfused,), _ = steps(LeanSGD, sparse=True)
+    assert torch.equal(fused, unfused)
 
 
 def test_fused_updates_once_where_a_grad_scaler_has_unscaled():

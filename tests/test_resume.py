@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import assert_equal, fit, metrics, quiet_trainer
+from helpers import assert_equal, fit, metrics, quiet_trainer, write_npz
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -29,7 +29,9 @@ from lit_basics import (
 from lit_basics.callbacks import last
 from lit_basics.callbacks.last import LastCheckpoint
 from lit_basics.callbacks.random_state import generator_states
+from lit_basics.checkpoint_files import load_checked
 from lit_basics.cli import main
+from lit_basics.data.arrays import MEAN
 from lit_basics.errors import UserError
 from lit_basics.recipes import recipe_path
 from lit_basics.resuming import check_changes, find_run, is_new_argument
@@ -655,7 +657,9 @@ def test_a_last_checkpoint_of_another_kind_is_refused(settings, capsys):
     callback = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last", "true"]
     words = [*callback, f"--trainer.callbacks.{settings[0]}", settings[1]]
     assert main(["fit", *SMALL, "--run_dir", "run", *words]) == 2
-    assert "ModelCheckpoint writes last.ckpt: the run keeps" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "ModelCheckpoint writes last.ckpt: the run keeps" in told
+    assert "leave out save_last" in told
     assert not Path("run").exists()
 
 
@@ -946,6 +950,18 @@ def test_a_path_without_a_run_is_refused(tmp_path, capsys):
     for place in ("nowhere", "empty"):
         assert main(["fit", "--resume", place]) == 2
         assert "there is no checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoints_mean_holds_for_data_of_another_class(tmp_path):
+    """Lightning looks under the name of this class: without ``load_weights`` the weights see another scale."""
+    first = fit(*SMALL, "--trainer.max_epochs", "1", run_dir=Path("first"))
+    path = write_npz(tmp_path / "images.npz", train=200)
+    words = ["--config", "quickstart", "--data", "NpzDataModule", "--data.path", path]
+    more = ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
+    second = fit(*words, *more, "--ckpt_path", str(first / "checkpoints" / "last.ckpt"), run_dir=Path("second"))
+    loaded = [load_checked(run / "checkpoints" / "last.ckpt") for run in (first, second)]
+    means = [next(part[MEAN] for part in c.values() if isinstance(part, dict) and MEAN in part) for c in loaded]
+    assert means[0] == means[1]
 
 
 RAISES = """

@@ -1450,6 +1450,18 @@ def test_images_are_prepared_without_the_trainer_of_an_earlier_fit():
     assert data.trainer is trainer
 
 
+def test_images_whose_setup_asks_for_the_trainer():
+    """Before the runs there is none: without the look away ``verify`` ends in an AttributeError."""
+
+    class Asks(SyntheticCIFAR10):
+        def setup(self, stage):
+            super().setup(stage)
+            self.first = self.trainer.is_global_zero
+
+    report = verify(LitBlitzNet(), datamodule=Asks(64, 8), checks=["resume"], steps=4, **EXACT)
+    assert outcomes(report) == {"resume": "passed"}, str(report)
+
+
 def test_workers_of_an_earlier_iteration_are_left_to_their_parent():
     """Without ``reset`` the runs end in "can only join a child process", and the workers with them."""
     data = DataLoader(loader(shuffle=False).dataset, batch_size=8, num_workers=2, persistent_workers=True)

@@ -192,7 +192,7 @@ class DurableCheckpointIO(CheckpointIO):
         try:
             self.flush()
         finally:
-            self._at_once, self._memory = self._saves > 0, {}  # a validation may come before the run
+            self._at_once, self._memory = True, {}
 
 
 def _remove(path: Path, after: Future[None] | None = None) -> None:

@@ -259,7 +259,7 @@ def _is_typed(key: str, args: list[str]) -> bool:
 def _without_value(option: str, args: list[str]) -> str:
     """Return what to say of an option without a value; jsonargparse names a class's by its first part, ``--data``."""
     for word, following in zip(args, [*args[1:], "-"], strict=True):
-        if f"{word}.".startswith(f"{option}.") and following.startswith("-"):
+        if f"{word}.".startswith(f"{option}.") and "=" not in word and following.startswith("-"):
             is_number = re.match(r"-\.?\d", following)
             return f"{word} needs a value{f'; {following} is one after =: {word}={following}' if is_number else ''}"
     return f"{option} needs a value"

@@ -67,7 +67,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """Return the frames of an exception's traceback that are of the user's own code, the innermost last."""
-    libraries = ("site-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
+    libraries = ("site-packages", "dist-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
     frames = traceback.extract_tb(error.__traceback__)
     return [frame for frame in frames if not any(library in frame.filename for library in libraries)]
 

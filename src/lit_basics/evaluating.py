@@ -1,5 +1,6 @@
 """``validate``, ``test`` and ``predict``: a run's weights on its data."""
 
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def evaluate(command: str, args: list[str]) -> None:
 def check_data_fits(model: pl.LightningModule, error: Exception, command: str) -> None:
     """Raise a UserError in the place of torch's, where a model of ours does not take the data that it was given."""
     ours = type(model).__module__.startswith("lit_basics.")
-    if ours and type(error) in (RuntimeError, TypeError, OverflowError, MemoryError) and not own_frames(error):
+    # not what a DataLoader's worker met, another process that is gone, or a driver
+    given = {"compute_loss", "_evaluate", "predict_step"} & {f.name for f in traceback.extract_tb(error.__traceback__)}
+    kinds = (RuntimeError, TypeError, OverflowError, MemoryError)
+    if ours and given and type(error) in kinds and not own_frames(error):
         reason = shortened(first_line(error))
         raise UserError(f"{type(model).__name__} cannot {command} on this data: {reason}") from error
 
@@ -96,6 +100,8 @@ def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, An
     batches: list[Any] = trainer.predict(model, **known) or []
     if not batches:
         raise UserError("there is nothing to predict: the data has no batches")
+    if len(trainer.num_predict_batches) > 1:  # of one loader after the other
+        batches = [batch for part in batches for batch in part]
     other = next((batch for batch in batches if not isinstance(batch, torch.Tensor)), None)
     if other is not None:
         kind = type(other).__name__

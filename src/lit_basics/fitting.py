@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
@@ -124,7 +125,9 @@ def _made(config: Config, directory: Path) -> pl.Trainer:
     config.build()
     ckpt_path = config.config.ckpt_path
     if ckpt_path:
-        load_weights(config.model, Path(ckpt_path))  # Lightning loads them again; this refuses a wrong file
+        load_weights(
+            config.model, Path(ckpt_path), config.datamodule
+        )  # Lightning loads them again; this refuses a wrong file
         if not config.resumed:
             config.optimizer_arguments = changed_arguments(Path(ckpt_path), config.to_dict())
     trainer = make_trainer(config, directory)
@@ -145,7 +148,7 @@ def _why_nothing_was_left(trainer: pl.Trainer) -> str:
 
 def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
     """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
-    known = isinstance(error, (UserError, OSError, MisconfigurationException))
+    known = isinstance(error, (UserError, OSError, MisconfigurationException, torch.cuda.OutOfMemoryError))
     if known or trainer is None or has_stepped(trainer):
         return False
     ours = Path(__file__).parent  # our callbacks give states back when training starts

@@ -234,16 +234,16 @@ class TrainingHooks(FlushesRows):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look whether the loaders are shared out over the processes, and begin the metrics.
 
-        A validation before the fit, in inference mode, has left them states that cannot be added to in place.
+        A validation before, in inference mode, has left them states that cannot be added to in place; one that failed,
+        a part of its sums.
         """
         check_shared_out(trainer, trainer.val_dataloaders)
-        for metric in self.module._val_metrics.values():
-            assert isinstance(metric, Metric)
-            metric.reset()
+        _reset(self.module._val_metrics)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look whether the loaders are shared out over the processes."""
+        """Look whether the loaders are shared out over the processes, and begin the metrics, as for a validation."""
         check_shared_out(trainer, trainer.test_dataloaders)
+        _reset(self.module._test_metrics)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/loss`` and ``val/<metric>``."""
@@ -327,6 +327,12 @@ class TrainingHooks(FlushesRows):
         if self._settings is not None:
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = self._settings
             self._settings = None
+
+
+def _reset(metrics: nn.ModuleDict) -> None:
+    for metric in metrics.values():
+        assert isinstance(metric, Metric)
+        metric.reset()
 
 
 class ComesFirst(pl.Callback):

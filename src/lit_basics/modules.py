@@ -263,7 +263,7 @@ class LitSupervised(pl.LightningModule):
         predictions = (predict or self)(x)
         for metric in metrics.values():
             if isinstance(metric, MeanLoss):
-                metric.update(self.criterion(predictions, y), size_of(y))
+                metric.update(self.criterion(predictions, y), size_of(x, y))
             elif isinstance(metric, Metric):
                 metric.update(predictions, y)
 
@@ -464,12 +464,15 @@ class MeanLoss(Metric):
         return self.total / self.count
 
 
-def size_of(targets: Any) -> int:
-    """Return the number of samples of a batch's targets, which may be several tensors, as one a task."""
+def size_of(inputs: Any, targets: Any) -> int:
+    """Return the number of samples of a batch, whose targets may be several tensors: one a task, or one a sample."""
     if isinstance(targets, Mapping):
         targets = list(targets.values())
-    if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], Tensor) and targets[0].ndim:
-        targets = targets[0]
+    if isinstance(targets, (list, tuple)) and all(isinstance(part, Tensor) and part.ndim for part in targets):
+        if isinstance(inputs, Tensor):
+            return len(inputs)
+        if len({len(part) for part in targets}) == 1:
+            return len(targets[0])
     return len(targets)
 
 

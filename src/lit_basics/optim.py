@@ -136,11 +136,11 @@ class LeanSGD(torch.optim.SGD):
         nesterov: Whether the momentum is Nesterov's.
         maximize: Whether the loss is to grow.
         fused: Whether torch's kernel for all of it makes the update, in one call: ``torch.optim.SGD(fused=True)``,
-            bit for bit, which rounds otherwise than without.
+            bit for bit, which rounds otherwise than without. Gradients that are sparse, or lie in memory otherwise than
+            their parameter, are taken as without.
 
     Raises:
         ValueError: If a value is negative, or ``nesterov`` comes without momentum or with dampening.
-        RuntimeError: In a step, if ``fused`` and a gradient is sparse.
     """
 
     def __init__(
@@ -196,16 +196,22 @@ class LeanSGD(torch.optim.SGD):
 
     def _move_fused(self, params: _Tensors, grads: _Tensors, group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params] if group["momentum"] else []
-        begun = {"momentum_buffer" in state for state in states}
+        momenta = [state.get("momentum_buffer") for state in states]
+        begun = {momentum is not None for momentum in momenta}
         if len(begun) > 1 or len({p.dtype for p in params}) > 1 or len({p.device for p in params}) > 1:
             for p, g in zip(params, grads, strict=True):  # the kernel takes what is alike
                 self._move_fused((p,), (g,), group)
             return
+        layout = [p.stride() for p in params]
+        others = [grads, momenta] if True in begun else [grads]
+        if any([t.stride() for t in tensors] != layout for tensors in others):
+            self._move(params, grads, group)  # the kernel takes memory as it lies
+            return
         first = False in begun
         if first:
-            for state, g in zip(states, grads, strict=True):
-                state["momentum_buffer"] = torch.empty_like(g)
-        momenta = [state["momentum_buffer"] for state in states]
+            momenta = [torch.empty_like(g) for g in grads]
+            for state, momentum in zip(states, momenta, strict=True):
+                state["momentum_buffer"] = momentum
         torch._fused_sgd_(params, grads, momenta, **{name: group[name] for name in _FUSED}, is_first_step=first)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -76,9 +76,11 @@ def check_own_checkpoints(config: Config, callbacks: list[pl.Callback], director
             replaces = callback.save_last == "link" or (callback.save_last and callback.save_weights_only)
             own = callback.filename in kept or (replaces and "last" in kept)
             if own and folder == (directory / "checkpoints").resolve():
+                named = callback.filename in kept
+                name, advice = (callback.filename, "name it otherwise") if named else ("last", "leave out save_last")
                 raise UserError(
-                    f"a {type(callback).__name__} writes {callback.filename if callback.filename in kept else 'last'}"
-                    ".ckpt: the run keeps a checkpoint of its own under this name; name it otherwise"
+                    f"a {type(callback).__name__} writes {name}.ckpt: the run keeps a checkpoint of its own under this "
+                    f"name; {advice}"
                 )
 
 

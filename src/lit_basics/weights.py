@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_basics.checkpoint_files import load_checked
@@ -43,6 +44,8 @@ def load_weights(model: pl.LightningModule, path: Path, data: Any = None) -> boo
 
 def is_restoring(error: Exception) -> bool:
     """Return whether an error came from within the functions of Lightning that give a state back."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return False  # of a GPU that another program fills
     frames = traceback.extract_tb(error.__traceback__)
     return any(
         f.name in ("_restore_modules_and_callbacks", "restore_training_state", "load_state_dict") for f in frames

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -121,10 +121,11 @@ def verify(
     if isinstance(train_dataloaders, pl.LightningDataModule):  # as Trainer.fit takes it
         train_dataloaders, datamodule = None, train_dataloaders
     if isinstance(datamodule, ArrayDataModule):
-        datamodule.prepare_data()
         trainer, datamodule.trainer = datamodule.trainer, None  # one on a GPU would have the images there
         try:
-            datamodule.setup("fit")  # once, in memory that all runs share
+            with suppress(AttributeError):  # hooks of its own may ask for the Trainer: then each run loads the images
+                datamodule.prepare_data()
+                datamodule.setup("fit")  # once, in memory that all runs share
         finally:
             datamodule.trainer = trainer
     for loaders in (train_dataloaders, val_dataloaders):  # a fork would shut down workers that are not its own
