@@ -125,9 +125,8 @@ def _made(config: Config, directory: Path) -> pl.Trainer:
     config.build()
     ckpt_path = config.config.ckpt_path
     if ckpt_path:
-        load_weights(
-            config.model, Path(ckpt_path), config.datamodule
-        )  # Lightning loads them again; this refuses a wrong file
+        # Lightning loads them again; this refuses a wrong file
+        load_weights(config.model, Path(ckpt_path), config.datamodule)
         if not config.resumed:
             config.optimizer_arguments = changed_arguments(Path(ckpt_path), config.to_dict())
     trainer = make_trainer(config, directory)
