@@ -18,7 +18,7 @@ OptimizerCallable = Callable[[Iterable], Optimizer]  # type: ignore[type-arg]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 """Makes a learning-rate scheduler from an optimizer."""
 _Tensors = tuple[Tensor, ...] | list[Tensor]
-_FUSED = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+_OF_GROUP = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")  # what SGD's fused kernel takes
 
 
 class PairedOptimizer(Optimizer):
@@ -212,7 +212,7 @@ class LeanSGD(torch.optim.SGD):
             momenta = [torch.empty_like(g) for g in grads]
             for state, momentum in zip(states, momenta, strict=True):
                 state["momentum_buffer"] = momentum
-        torch._fused_sgd_(params, grads, momenta, **{name: group[name] for name in _FUSED}, is_first_step=first)
+        torch._fused_sgd_(params, grads, momenta, **{name: group[name] for name in _OF_GROUP}, is_first_step=first)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free the gradients, or set them to zero."""
