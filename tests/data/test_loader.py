@@ -276,7 +276,7 @@ class Endless(Dataset):
         (Noisy(3), {"batch_size": 4, "shuffle": True, "drop_last": True}, "3 samples do not fill one batch"),
         (Noisy(0), {"shuffle": True}, "0 samples cannot be shared by 1 processes"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_work_is_refused(dataset, settings, message):
     with pytest.raises(UserError, match=message):
