@@ -48,7 +48,7 @@ def begin(doc: str | None) -> argparse.Namespace:
     """Read the options of a script; one thread, and no chatter of the libraries."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny counts: whether it runs, not how fast")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each variant is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="how often a variant is measured; short ones more often")
     parser.add_argument("--steps_per_execution", type=int, default=32, help="the K of the variants that have one")
     parser.add_argument("--cpu_time", action="store_true", help="count processor time, on a busy machine")
     options = parser.parse_args()

@@ -32,11 +32,11 @@ def augmentation(images: int, rounds: int) -> None:
     x = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
     y = torch.zeros(images, dtype=torch.int64)
     arrays = x.permute(0, 2, 3, 1).contiguous().numpy()
-    end = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    normalise = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     flip = transforms.RandomHorizontalFlip()
 
     def pil(*steps: object) -> float:
-        transform = transforms.Compose([*steps, *end])
+        transform = transforms.Compose([*steps, *normalise])
         begun = now()
         for array in arrays[: images // 10]:
             transform(Image.fromarray(array))
@@ -61,7 +61,7 @@ def augmentation(images: int, rounds: int) -> None:
     }
     times = in_turns(variants, rounds)
     for name, values in times.items():
-        figure(f"{name}", [1e6 * value for value in values], unit=" µs an image")
+        figure(name, [1e6 * value for value in values], unit=" µs an image")
     for batch in (64, 512):
         ours_name = f"batches of {batch}, crop and flip"
         figure(f"4. crop, flip, normalise: {ours_name} ÷ PIL", ratios(times, ours_name, "PIL, crop and flip"), 1 / 20)

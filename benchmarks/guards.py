@@ -23,14 +23,14 @@ OFF = ["--best_checkpoint=false", "--last_checkpoint=false", "--non_finite_guard
 def main() -> None:
     """Print the figures."""
     options = begin(__doc__)
-    images, epochs = (200, 1) if options.quick else (8000, 1)
+    images = 200 if options.quick else 8000
     weights: dict[bool, list[Tensor]] = {}
 
     def train(guarded: bool) -> float:
         """Train blitz; return the seconds."""
         data = ["--data", "SyntheticCIFAR10", f"--data.train_images={images}", "--data.test_images=10"]
         quiet_words = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-        words = ["--config", "blitz", *data, f"--trainer.max_epochs={epochs}", *quiet_words]
+        words = ["--config", "blitz", *data, "--trainer.max_epochs=1", *quiet_words]
         with prepared([*words, *([] if guarded else OFF)]) as (config, trainer):
             if not guarded:
                 trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RandomState)]
@@ -42,7 +42,7 @@ def main() -> None:
         weights[guarded] = [value.clone() for value in config.model.state_dict().values()]
         return seconds
 
-    # many short runs: their order of size is that of the machine's moods
+    # many short runs, since the machine's noise is as large as what is measured
     times = in_turns({"on": partial(train, True), "off": partial(train, False)}, options.rounds * 4)
     if not all(map(torch.equal, weights[True], weights[False])):
         raise SystemExit("the guards change the final weights: nothing to compare")

@@ -42,7 +42,7 @@ def seconds(*command: str, printed: bool) -> float:
     if not printed:
         return time.monotonic() - begun
     wall, processor = map(float, done.stdout.split()[-2:])
-    return processor if "LIT_BASICS_CPU_TIME" in os.environ else wall - begun
+    return processor if "LIT_BASICS_CPU_TIME" in os.environ else wall - begun  # importing common would import torch
 
 
 def fit() -> float:

@@ -1,4 +1,4 @@
-"""96 % on CIFAR-10: the LightningModule of the recipe ``speed96``.
+"""Nearly 96 % on CIFAR-10: the LightningModule of the recipe ``speed96``.
 
 The recipe is airbench96_faster's (K. Jordan, https://github.com/KellerJordan/cifar10-airbench). There the proxy is
 trained first, on the same batches in the same order, and its choices are kept; here both are trained together, which
