@@ -74,10 +74,15 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --trainer.max_epochs 3 4", ["'4' stands alone"]),
         ("fit --config", ["--config needs a value"]),
         ("fit --config quickstart --run_dir", ["--run_dir needs a value"]),
+        ("fit --config quickstart --resume --print_config", ["--resume needs a value"]),
+        ("test --run_dir --ckpt_path last", ["--run_dir needs a value"]),
+        ("test --config quickstart --ckpt_path ~best.ckpt", ["there is no checkpoint ~best.ckpt"]),
+        ("test --config quickstart --ckpt_path s3://a/best.ckpt", ["s3://a/best.ckpt is remote"]),
         ("recipes quikstart", ["'quikstart'", "'quickstart'"]),
         # a recipe
         ("fit --config quikstart", ["'quikstart'", "'quickstart'"]),
         ("fit --config=quikstart", ["'quikstart'", "'quickstart'"]),
+        ("fit -c=quikstart", ["'quikstart'", "'quickstart'"]),
         ("fit --config quickstart --config gpus", ["'gpus'", "'gpu'"]),
         ("fit --config quickstart.yaml", ["quickstart.yaml", "does not exist", "'quickstart'"]),
         ("fit --config ./nowhere", ["./nowhere", "does not exist"]),
@@ -102,6 +107,8 @@ def assert_short(message, *fragments):
         ("fit --config quickstart --allow_imports=mine", ["'--allow_import'"]),
         ("verify --config quickstart --check loop", ["no option --check; did you mean '--checks'"]),
         ("verify --config quickstart --step=3", ["no option --step; did you mean '--steps'"]),
+        ("verify --config quickstart --checks loop,resumes", ["no check 'resumes'; did you mean 'resume'"]),
+        ("verify --config quickstart --checks loop,_", ["no check '_'; choose from ddp, kill, loop, manual, resume"]),
         ("fit -lr 0.1", ["-lr", "'--model.optimizer.lr'"]),
         ("fit —config quickstart", ["—config", "'--config'"]),  # two hyphens made a dash
         # a key

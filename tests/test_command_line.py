@@ -517,6 +517,10 @@ class Exact(LitLeNet5):
     def predict_step(self, batch, batch_idx):
         return self.value.repeat(len(batch[0]))
 
+class Scalar(LitLeNet5):
+    def predict_step(self, batch, batch_idx):
+        return batch[0].mean()
+
 class Doubles(Exact):
     value = torch.tensor(1 + 1e-12, dtype=torch.float64)
 
@@ -575,6 +579,26 @@ def test_predictions_of_several_loaders_come_one_after_the_other(own):
     assert np.array_equal(first, second)
 
 
+def test_predictions_that_are_no_rows_are_refused(own, capsys):
+    """torch's error about zero-dimensional tensors, with its traceback."""
+    run = fit(*SMALL, "--model", f"{own}.Scalar")
+    capsys.readouterr()
+    assert main(["predict", "--run_dir", str(run)]) == 2
+    assert "Scalar.predict_step returns shapes (); predict writes (N, …)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--trainer.limit_train_batches", "1"], ["--config", "one.yaml"]])
+def test_one_batch_is_one_batch(words, tmp_path):
+    """As ``float | int``, which Lightning's annotation says, 1 was 1.0: the whole epoch."""
+    (tmp_path / "one.yaml").write_text("trainer: {limit_train_batches: 1}\n")
+    fit(*SMALL, *words)
+    assert len(metrics("run")) == 1
+    limits = ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches=1.0"]
+    settings = Config([*SMALL, *words, *limits]).to_dict()["trainer"]
+    kinds = [type(settings[f"limit_{stage}_batches"]) for stage in ("train", "val", "test", "predict")]
+    assert kinds == [int, int, float, type(None)]
+
+
 def test_the_directory_of_a_run_is_typed(tmp_path, capsys):
     """Without the refusal the run goes elsewhere and nothing is resumed."""
     (tmp_path / "mine.yaml").write_text("run_dir: a/b\n")
@@ -588,6 +612,7 @@ def test_a_run_is_named_after_its_config_or_its_model():
     assert run_name(["--config", "manual", "--model", "LitLeNet5"]) == "LitLeNet5"
     assert run_name(["--config", "manual", "--config", "mine/own.yaml", "--model", "LitLeNet5"]) == "own"
     assert run_name(["--config", "manual"]) == "manual"
+    assert run_name(["--model", "mine/net.yaml"]) == "net"  # not "yaml", which all such runs would share
 
 
 def test_a_key_is_not_proposed_for_itself(capsys):

@@ -401,6 +401,26 @@ def test_what_is_null_now_is_a_change():
     assert check_changes(saved, {**saved, "new_option": None}) == {}
 
 
+def test_what_is_not_there_any_more_is_a_change():
+    """Without ``is_gone`` the run goes on with another model, and nothing is said."""
+    options = {"a": 1, "drop": 0.5}
+    saved = {"model": {"class_path": "mine.M", "init_args": {"options": options}}, "data": None}
+
+    def typed(options):
+        return {**saved, "model": {"class_path": "mine.M", "init_args": {"options": options}}}
+
+    with pytest.raises(UserError, match=r"model.options.drop None: the run to resume has 0.5"):
+        check_changes(saved, typed({"a": 1}))
+    with pytest.raises(UserError, match=r"model.options {}: the run to resume has one"):
+        check_changes(saved, typed({}))
+    with pytest.raises(UserError, match=r"model.options.a 1: the run to resume has None"):
+        check_changes(typed({}), saved)
+    # with another class its arguments change, of which the class alone tells
+    other = {**saved, "model": {"class_path": "mine.N", "init_args": {"size": 1}}}
+    with pytest.raises(UserError, match=r"model.class_path mine.N"):
+        check_changes(saved, other)
+
+
 LATE = """
 from torch import nn
 from lit_basics import LitClassifier

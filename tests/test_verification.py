@@ -46,7 +46,8 @@ from lit_basics import (
     verify,
 )
 from lit_basics.cli import main
-from lit_basics.verification.forks import run_all
+from lit_basics.verification.forks import Run, run_all
+from lit_basics.verification.report import NotApplicable
 from lit_basics.verification.tracing import largest_difference, training_state
 
 EXACT = {"callbacks": [RandomState()], "plugins": [DurableCheckpointIO()], "progress": False}
@@ -1569,6 +1570,19 @@ def test_a_run_that_is_killed_from_outside_says_nothing():
     report = verify(Killed(), loader(shuffle=False), checks=["loop", "resume"], steps=4, **EXACT)
     assert outcomes(report) == {"loop": "not applicable", "resume": "not applicable"}, str(report)
     assert all(verdict.text.startswith("a run was killed from outside (SIGKILL)") for verdict in report.verdicts)
+
+
+def test_a_process_that_is_killed_amid_a_message_says_nothing(tmp_path):
+    """The connection then raises OSError, not EOFError."""
+    run = Run(lambda step: torch.zeros(4_000_000), tmp_path / "log")
+    assert run.connection.poll(60)  # more than the pipe holds
+    os.kill(run.process.pid, signal.SIGKILL)
+    assert not run.receive()
+    with pytest.raises(NotApplicable, match="killed from outside"):
+        run.result()
+    run = Run(lambda step: torch.zeros(4_000_000), tmp_path / "log")
+    assert run.connection.poll(60)
+    run.kill()
 
 
 class Misread(Plain):

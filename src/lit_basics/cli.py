@@ -98,7 +98,7 @@ def _dispatch(args: list[str]) -> int:
 def _recipes(names: list[str]) -> None:
     if not names:
         for name in all_names():
-            first = recipe_path(name).read_text().splitlines()[0]
+            first = recipe_path(name).read_text("utf-8").splitlines()[0]
             print(f"{name:20} {first.removeprefix('# ')}")
     for name in names:
-        print(recipe_path(name).read_text(), end="")
+        print(recipe_path(name).read_text("utf-8"), end="")

@@ -28,7 +28,7 @@ from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, first_line, nearest, root_cause, where
 from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy
 from lit_basics.recipes import all_names, recipe_path
-from lit_basics.words import config_names, taken
+from lit_basics.words import CONFIG_FLAGS, config_names, taken
 
 RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
 """Options of one run, which its config.yaml does not carry."""
@@ -88,6 +88,9 @@ class Config(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the Trainer, the model and the data, which a module with loaders of its own does without."""
+        # annotated float | int: jsonargparse would read 1, one batch, as 1.0, all of them
+        limits = {f"limit_{stage}_batches": int | float | None for stage in ("train", "val", "test", "predict")}
+        pl.Trainer.__init__.__annotations__.update(limits)
         parser.add_lightning_class_args(pl.Trainer, "trainer")
         parser.add_lightning_class_args(pl.LightningModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True, required=False)
@@ -395,10 +398,11 @@ def named_configs(args: list[str]) -> list[str]:
     """
     words: list[str] = []
     for word in args:
-        if words and words[-1] in ("--config", "-c"):
+        name, equals, value = word.partition("=")
+        if words and words[-1] in CONFIG_FLAGS:
             word = str(config_path(word))
-        elif word.startswith("--config="):
-            word = f"--config={config_path(word.removeprefix('--config='))}"
+        elif equals and name in CONFIG_FLAGS:
+            word = f"{name}={config_path(value)}"
         words.append(word)
     return words
 

@@ -241,7 +241,7 @@ def _place(key: str, args: list[str]) -> str:
     if not key or _is_typed(key, args):
         return ""
     parts = key.split(".")
-    holding = [file for file in config_names(args) if _holds(yaml.safe_load(Path(file).read_text()), parts)]
+    holding = [file for file in config_names(args) if _holds(yaml.safe_load(Path(file).read_text("utf-8")), parts)]
     return f" (in {holding[-1]})" if holding else ""
 
 

@@ -31,13 +31,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     >>> nearest("quikstart", ["blitz", "quickstart"])
     "; did you mean 'quickstart'?"
     >>> nearest("xyz", ["blitz", "quickstart"])
-    '; there is blitz, quickstart'
+    '; choose from blitz, quickstart'
     """
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(names)}" if 0 < len(names) <= MANY else ""
+    return f"; choose from {', '.join(names)}" if 0 < len(names) <= MANY else ""
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_basics.config import Config, read_config
 from lit_basics.errors import UserError, first_line, own_frames, shortened
-from lit_basics.files import replace_file
+from lit_basics.files import local_path, replace_file
 from lit_basics.run_directory import check_writable
 from lit_basics.trainers import new_trainer, with_durable_checkpoints, with_progress_bar
 from lit_basics.weights import is_restoring, load_weights, of_another_model
@@ -106,6 +106,10 @@ def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, An
     if other is not None:
         kind = type(other).__name__
         raise UserError(f"{type(model).__name__}.predict_step returns a {kind}; predict writes one tensor a batch")
+    if any(batch.ndim == 0 or batch.shape[1:] != batches[0].shape[1:] for batch in batches):
+        shapes = ", ".join(sorted({str(tuple(batch.shape)) for batch in batches})[:3])
+        name = type(model).__name__
+        raise UserError(f"{name}.predict_step returns shapes {shapes}; predict writes (N, …), alike but for N")
     tensor = torch.cat(batches)
     outputs = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()  # which NumPy lacks
     arrays = {"outputs": outputs}
@@ -127,7 +131,7 @@ def checkpoint_path(chosen: str | None, directory: str | None) -> Path:
             raise UserError("which weights? Name a run by --run_dir D or a checkpoint by --ckpt_path P")
         path = Path(directory) / "checkpoints" / f"{chosen or 'best'}.ckpt"
     else:
-        path = Path(str(chosen)).expanduser()
+        path = local_path(str(chosen))
     if not path.is_file():
         last = path.name == "best.ckpt" and path.with_name("last.ckpt").is_file()
         other = "; --ckpt_path last takes the newest" if last else ""

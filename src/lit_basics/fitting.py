@@ -216,6 +216,8 @@ def run_name(args: list[str]) -> str:
     if model.startswith("{"):  # the class with its arguments
         with contextlib.suppress(yaml.YAMLError, AttributeError):
             model = str(yaml.safe_load(model).get("class_path"))
+    if model.endswith((".yaml", ".yml", ".json")):  # a file that names it
+        return Path(model).stem
     return model.rpartition(".")[2].rpartition("/")[2]
 
 

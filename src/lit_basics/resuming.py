@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, OneCycleLR, Seq
 from lit_basics.checkpoint_files import is_there, is_whole, load_checked
 from lit_basics.data.order import check_same_data
 from lit_basics.errors import UserError
+from lit_basics.loaders import states_of_loaders
 
 CHANGEABLE = (
     *("trainer.", "metrics_csv", "best_checkpoint", "last_checkpoint", "non_finite_guard"),
@@ -124,8 +125,9 @@ def check_changes(
     """
     before, after = flat(saved), flat(typed)
     # a class in the place of which is now null is there by its arguments only
-    nulled = {key for key, value in after.items() if value is None and any(k.startswith(f"{key}.") for k in before)}
+    nulled = {k for k, value in after.items() if value in (None, {}) and any(b.startswith(f"{k}.") for b in before)}
     changes = {key: value for key, value in after.items() if before.get(key) != value or key in nulled}
+    changes |= dict.fromkeys(key for key in before if is_gone(key, after, changes))
     arguments = {}
     for key, value in changes.items():
         short = key.replace(".init_args", "")
@@ -194,6 +196,20 @@ def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]
     return arguments
 
 
+def is_gone(key: str, after: Collection[str], changes: Container[str]) -> bool:
+    """Return whether a key is not there any more, as one of a dict that was typed anew, and no other key tells so.
+
+    Args:
+        key: The key, one of the run's configuration.
+        after: All keys that there are now.
+        changes: Those with other values.
+    """
+    parts = key.split(".")
+    above = [".".join(parts[:n]) for n in range(1, len(parts))]
+    told = any(name in after or f"{name}.class_path" in changes for name in above)
+    return key not in after and not told and not any(other.startswith(f"{key}.") for other in after)
+
+
 def is_new_argument(key: str, before: Collection[str], changes: Container[str], written: Iterable[str]) -> bool:
     """Return whether a key is, or is within, an argument that the run's class does not have, and that nobody typed.
 
@@ -215,7 +231,7 @@ def is_new_argument(key: str, before: Collection[str], changes: Container[str], 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
     """Return the values of nested dicts by their dotted keys."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or (not value and key):
         return {key: value}
     return {k: v for name, inner in value.items() for k, v in flat(inner, f"{key}.{name}".strip(".")).items()}
 
@@ -223,8 +239,8 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 class ResumedData(pl.Callback):
     """Holds the data of a resumed run against the checkpoint's, or begins it anew with the next epoch.
 
-    Lightning gives a loader its state back only within an epoch, and says nothing of other data after one. To come
-    before the callbacks that restore the random states and write files.
+    Lightning gives a loader its state back only within an epoch, and says nothing of other data after one. It must
+    stand before the callbacks that restore the random states and write files.
 
     Args:
         reset: Whether to begin the data and the random numbers anew, as ``--resume_reset`` asks for; the weights, the
@@ -248,12 +264,11 @@ class ResumedData(pl.Callback):
         """Keep what is known of the data; for a reset, take out all that belongs to a position in it."""
         if self._step is None:
             self._step = checkpoint["global_step"]
-        loop = checkpoint["loops"]["fit_loop"]["state_dict"]
         self._state = {"world_size": len(checkpoint.get("random_state", [])) or trainer.world_size}
-        for state in loop.get("combined_loader", []):
+        for state in states_of_loaders(checkpoint):
             self._state |= state if isinstance(state, dict) else {}
         if self.reset:
-            loop.pop("combined_loader", None)
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
             for name in ("random_state", "lit_basics"):
                 checkpoint.pop(name, None)
 

@@ -20,15 +20,17 @@ def taken(args: list[str], *names: str) -> tuple[list[str], list[str]]:
     Raises:
         UserError: If a value is missing, or empty as a shell's variable that is not set.
     """
-    values, rest = [], []
+    values, rest, missing = [], [], False
     words = iter(args)
     for word in words:
         name, equals, value = word.partition("=")
         if name in names:
-            values.append(value if equals else next(words, ""))
+            value = value if equals else next(words, "")
+            missing |= not value or (not equals and value.startswith("--"))  # the next option
+            values.append(value)
         else:
             rest.append(word)
-    if "" in values:
+    if missing:
         raise UserError(f"{names[0]} needs a value")
     return values, rest
 

@@ -178,6 +178,7 @@ class Verification:
         self.subject, self.folder, self.bar = subject, folder, bar
         self.log = folder / "output.txt"
         self._reference: Trace | None = None
+        self._again: Trace | None = None
         self._bare: Trace | None = None
 
     def verdict(self, check: str) -> Verdict:
@@ -207,25 +208,25 @@ class Verification:
             RunError: If it makes no step, or if it does not come out the same twice.
         """
         if self._reference is None:
-            trace: Trace = self.one(
-                partial(self.subject.trace, folder=self.folder / "reference", save_to=self.folder / "checkpoints")
+            work = partial(self.subject.trace, folder=self.folder / "reference", save_to=self.folder / "checkpoints")
+            self._reference = self.one(work)
+        trace: Trace = self._reference
+        if not (trace.steps or self.subject.model.automatic_optimization):
+            batches = self.subject.limit(self.subject.steps)
+            raise NotApplicable(
+                f"no optimizer step that Lightning counts in epochs of {batches} batches; --steps makes them longer"
             )
-            if not (trace.steps or self.subject.model.automatic_optimization):
-                batches = self.subject.limit(self.subject.steps)
-                raise NotApplicable(
-                    f"no optimizer step that Lightning counts in epochs of {batches} batches; --steps makes them longer"
-                )
-            if not trace.steps:
-                raise RunError("no optimizer step")
-            refuse_vacuous(trace)
-            again: Trace = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
-            if again.difference is not None:
-                raise RunError(
-                    f"two results: the same run, made twice, differs {again.difference}; something in it draws "
-                    "from neither torch, NumPy nor random, or depends on the time"
-                )
-            self._reference = trace
-        return self._reference
+        if not trace.steps:
+            raise RunError("no optimizer step")
+        refuse_vacuous(trace)
+        if self._again is None:
+            self._again = self.one(partial(self.subject.trace, folder=self.folder / "again", reference=trace))
+        if self._again.difference is not None:
+            raise RunError(
+                f"two results: the same run, made twice, differs {self._again.difference}; something in it draws "
+                "from neither torch, NumPy nor random, or depends on the time"
+            )
+        return trace
 
     def resumable(self) -> Trace:
         """Return the reference, if the user's run, whose length is not limited as in ours, takes no batch ahead."""
@@ -586,7 +587,7 @@ def resume_cause(trace: Trace, reference: Trace, model: pl.LightningModule) -> s
     if is_overridden("on_train_batch_end", model):
         return (
             "checkpoints are saved before the module's on_train_batch_end, which a resume does not repeat (what it "
-            "changes belongs into on_before_zero_grad, optimizer_step or a callback), or something is kept outside "
+            "changes belongs in on_before_zero_grad, optimizer_step or a callback), or something is kept outside "
             "parameters and buffers"
         )
     return "something is not in the checkpoint that the module or a callback keeps outside parameters and buffers"

@@ -34,7 +34,7 @@ def verify_config(args: list[str]) -> None:
     report = verify(
         config.model,
         datamodule=config.datamodule,
-        checks=",".join(checks).split(",") if checks else CHECKS,
+        checks=[check.strip() for check in ",".join(checks).split(",")] if checks else CHECKS,
         steps=int(steps[-1]) if steps else STEPS,
         each=lambda verdict: print(verdict, flush=True),
         weights_only=True,

@@ -45,7 +45,7 @@ class RunError(Exception):
 
 
 class Run:
-    """A running process; its :attr:`result` comes once :meth:`receive` has returned False.
+    """A running process; its :meth:`result` comes once :meth:`receive` has returned False.
 
     Args:
         work: What to do there.
@@ -65,13 +65,13 @@ class Run:
         self.step = 0
         """The newest step that the process has reported."""
         self._result: Any = None
-        self._error: RunError | NotApplicable | None = RunError("its process, which ended without a word")
+        self._error: RunError | NotApplicable | None = RunError("silence: its process left without a result")
 
     def receive(self) -> bool:
         """Take the next message; return False if it was the last."""
         try:
             kind, content = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError amid a message
             self.process.join()
             code = self.process.exitcode or 0
             if isinstance(self._error, RunError) and not self._error.kind and code < 0:
@@ -103,7 +103,7 @@ class Run:
         """End the process by SIGKILL, if it is there, and take what it has said."""
         self.process.kill()
         self.process.join()
-        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
             while self.connection.poll() and self.receive():
                 pass
 
