@@ -180,7 +180,39 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    assert "batch_size is 13; it must divide by the 2 processes" in done.stderr
+    assert "batch_size is 13; it must be divisible by the number of processes, 2" in done.stderr
+
+
+EMPTY = """
+import os, torch, lightning.pytorch as pl
+from torch.utils.data import DataLoader, IterableDataset
+from lit_basics import LitClassifier
+
+class Shares(IterableDataset):
+    def __iter__(self):
+        if os.environ["LOCAL_RANK"] == "0":
+            yield from ((torch.full((4,), float(n)), n % 2) for n in range(6))
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = LitClassifier(torch.nn.Linear(4, 2), num_classes=2)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(model, DataLoader(Shares(), batch_size=3), verbose=False)
+    print("RESULT", float(trainer.callback_metrics["val/acc"]), flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_rank_without_a_validation_batch_holds_nobody_up(tmp_path):
+    """Where each rank asks for itself whether a metric was updated, one gathers and the other has gone on."""
+    (tmp_path / "script.py").write_text(EMPTY)
+    done = run([sys.executable, "-W", "ignore", "script.py"])
+    results = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 2)
+    right = [int(net(torch.full((4,), float(n))).argmax()) == n % 2 for n in range(6)]
+    assert results == [pytest.approx(sum(right) / 6)] * 2
 
 
 DRAWS = """

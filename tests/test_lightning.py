@@ -24,6 +24,7 @@ from lit_basics import (
     DurableCheckpointIO,
     EpochOrder,
     GradientMonitor,
+    LastCheckpoint,
     LitClassifier,
     LitLeNet5,
     LitSupervised,
@@ -444,6 +445,77 @@ def test_stochastic_weight_averaging_falls_by_epochs_in_both_modes():
         trainer(callbacks=[swa], max_epochs=4).fit(module, data())
         found.append(module.net[1].weight)
     assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_the_averages_of_stochastic_weight_averaging_are_saved(tmp_path, monkeypatch):
+    """It puts them in at the end of training, when the last epoch's end has been saved already."""
+    monkeypatch.setattr("lit_basics.callbacks.last.MIN_SECONDS", 0.0)  # as in epochs of ten seconds
+    module, last = LitClassifier(small_net()), LastCheckpoint(tmp_path)
+    callbacks = [StochasticWeightAveraging(0.05, swa_epoch_start=1), last]
+    trainer(callbacks=callbacks, max_epochs=4, enable_checkpointing=True).fit(module, data())
+    saved = torch.load(last.path, weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.1.weight"], module.net[1].weight)
+
+
+def test_a_second_fit_says_nothing_of_callbacks(caplog):
+    """Of the first fit's ``TrainingHooks`` Lightning said that they are overridden; the user has given none."""
+    module, fits = LitClassifier(small_net()), trainer(max_epochs=1)
+    fits.fit(module, data())
+    fits.test(module, data(), verbose=False)
+    assert "override" not in caplog.text
+
+
+class Forwarding(pl.Callback):
+    """One of the user's own, around another."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def on_train_batch_end(self, *args):
+        self.inner.on_train_batch_end(*args)
+
+
+def test_a_callback_is_left_its_hooks():
+    """Taken away where it does not define them, they cannot be called by another."""
+
+    class Inner(pl.Callback):
+        pass
+
+    inner = Inner()
+    trainer(max_epochs=1, callbacks=[inner, Forwarding(inner)]).fit(LitClassifier(small_net()), data())
+
+
+class Skipping(LitClassifier):
+    """Gives no loss for one batch, by which Lightning passes it over."""
+
+    def compute_loss(self, batch, batch_idx):
+        return None if batch_idx == 1 else super().compute_loss(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_batch_without_a_loss_is_skipped():
+    """Recorded, it was NaN, and so was the epoch's mean."""
+    module, rows = Skipping(small_net()), Rows()
+    fitted = trainer(max_epochs=1, logger=rows, log_every_n_steps=1)
+    fitted.fit(module, data())
+    losses = [row["train/loss"] for row in rows.table().values() if "train/loss" in row]
+    assert len(losses) == 3
+    assert fitted.callback_metrics["train/loss"].item() == pytest.approx(sum(losses) / 3)
+
+
+class Dicts(LitClassifier):
+    def compute_loss(self, batch, batch_idx):
+        return {"loss": super().compute_loss(batch, batch_idx)}
+
+
+@pytest.mark.parametrize(("kind", "what"), [(Skipping, "NoneType"), (Dicts, "dict")])
+@pytest.mark.parametrize("mode", [{"automatic_optimization": False}, {"steps_per_execution": 3}, {}])
+def test_a_loss_that_is_no_number_is_refused(kind, what, mode):
+    if (kind, mode) == (Skipping, {}):
+        pytest.skip("there it is skipped")
+    with pytest.raises(UserError, match=f"{kind.__name__}: train/loss is of type {what}; it must be a scalar tensor"):
+        trainer(max_epochs=1).fit(kind(small_net(), **mode), data())
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])

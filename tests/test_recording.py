@@ -7,7 +7,7 @@ import torch
 from helpers import Rows, quiet_trainer
 from torch import nn
 
-from lit_basics import GradientMonitor, LitClassifier, LossReport, SyntheticCIFAR10
+from lit_basics import GradientMonitor, LitClassifier, LossReport, SyntheticCIFAR10, UserError
 from lit_basics.recording import ROWS, StepRecorder, recorder_of
 
 
@@ -186,6 +186,12 @@ def test_steps_count_from_one_and_are_complete(rows, manual):
     assert table[16]["train/loss_epoch"] == pytest.approx(mean)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean)
     assert {"val/loss", "val/acc"} <= set(table[8]) & set(table[16])
+
+
+def test_a_report_of_another_kind_is_refused():
+    """Anything but "mean" was a sum."""
+    with pytest.raises(UserError, match="reduction is 'avg'; it must be 'mean' or 'sum'"):
+        LossReport(reduction="avg")
 
 
 def test_a_report_of_two_steps_counts_anew_in_each_epoch(rows):

@@ -466,3 +466,23 @@ def test_memory_is_kept_with_the_same_weights():
         fit(LitSpeedNet(widths=WIDTHS), images(), weights, *callbacks, max_epochs=1)
         states.append(weights.after[-1])
     assert_equal(*states)
+
+
+class Unreadable(SyntheticCIFAR10):
+    def train_dataloader(self):
+        return int("x")
+
+
+@pytest.mark.parametrize("kind", [LitSpeedNet, LitSpeedNet96])
+def test_faults_of_the_data_are_not_the_schedulers(kind):
+    """Both ask for the number of steps where the scheduler is made: "lr_scheduler cannot be made" was said of all."""
+    with pytest.raises(UserError, match=r"^batch_size is 500"):
+        fit(kind(widths=(8, 8, 8)), images(batch_size=500))
+    with pytest.raises(ValueError, match=r"^invalid literal"):
+        fit(kind(widths=(8, 8, 8)), Unreadable(96, 20))
+
+
+@pytest.mark.parametrize("kind", [LitSpeedNet, LitSpeedNet96])
+def test_no_step_at_all(kind):
+    """The learning rates fall to 0 over none: a division by zero."""
+    assert fit(kind(widths=(8, 8, 8)), images(), max_steps=0).global_step == 0

@@ -299,7 +299,7 @@ def test_bad_arguments():
             LookaheadSGD(LitSpeedNet96(**WIDTHS).trained_parameters(), **wrong)
     with pytest.raises(UserError, match="hardest is 0"):
         LitSpeedNet96(hardest=0)
-    with pytest.raises(ValueError, match="depth is 4"):
+    with pytest.raises(UserError, match="depth is 4"):
         SpeedNet(depth=4)
     with pytest.raises(UserError, match="groups named weights, biases"):
         LookaheadSGD(nn.Linear(2, 2).parameters())

@@ -1373,7 +1373,7 @@ def test_a_batch_that_two_ranks_cannot_share_says_nothing_of_them():
     data = ResumableDataLoader(loader(shuffle=False).dataset, batch_size=5, shuffle=True)
     report = verify(Plain(samples=64), data, checks=["ddp"], **EXACT)
     assert outcomes(report) == {"ddp": "not applicable"}, str(report)
-    assert "batch_size is 5; it must divide by the 2 processes" in report["ddp"].text
+    assert "batch_size is 5; it must be divisible by the number of processes, 2" in report["ddp"].text
 
 
 class Augmented(TensorDataset):

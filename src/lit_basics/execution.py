@@ -384,8 +384,7 @@ def transfer_hooks(module: LitSupervised) -> list[Hook]:
 def step_schedulers(module: LitSupervised, interval: str) -> None:
     """In manual optimization, step the schedulers as Lightning does in automatic, at the same moments.
 
-    But those of a ``ReduceLROnPlateau``, which are stepped after metrics are logged, by
-    :class:`~lit_basics.hooks.TrainingHooks`.
+    Except a ``ReduceLROnPlateau``, which :class:`~lit_basics.hooks.TrainingHooks` steps after metrics are logged.
     """
     trainer = module.trainer
     for config in trainer.lr_scheduler_configs:

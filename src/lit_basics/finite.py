@@ -10,7 +10,7 @@ _ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 
 
 def norms_of(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the norm of each tensor, without a host sync; in float64 that of no float32 tensor overflows."""
+    """Return the norm of each tensor, without a host sync. In float64 no float32 tensor's norm overflows."""
     plain = _plain(tensors)
     if not plain:
         return torch.zeros(0)
@@ -39,7 +39,7 @@ def are_finite(tensors: Iterable[Tensor], found: Tensor | None = None) -> bool:
 
 
 def is_finite(value: Tensor | None) -> bool:
-    """Return whether a tensor is finite, as nothing is."""
+    """Return whether all numbers of a tensor are finite; a gradient that is not there has none."""
     return value is None or all(bool(torch.isfinite(part).all()) for part in _plain([value]))
 
 

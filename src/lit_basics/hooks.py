@@ -55,6 +55,8 @@ class TrainingHooks(FlushesRows):
         self._several = self._manual and module.steps_per_execution > 1
         self._own_clipping = is_overridden("configure_gradient_clipping", module)
         self._settings: Any = (trainer.gradient_clip_val, trainer.accumulate_grad_batches)
+        # those of a fit before, of which Lightning would say that they are overridden
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, TrainingHooks)]  # type: ignore[attr-defined]
         if self._manual and trainer.state.fn == TrainerFn.FITTING:
             # Lightning forbids both in manual optimization; it asks for callbacks just before that check
             trainer.gradient_clip_val, trainer.accumulate_grad_batches = None, 1
@@ -86,7 +88,8 @@ class TrainingHooks(FlushesRows):
         if isinstance(trainer.precision_plugin, DoublePrecision):
             pl_module.double()  # Lightning does it after a checkpoint's numbers were rounded to float32
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
-            skip_empty_hooks(callback)
+            if type(callback).__module__.startswith(("lit_basics.", "lightning.")):  # another may call its hooks itself
+                skip_empty_hooks(callback)
         if stage != TrainerFn.FITTING:
             return
         # Lightning's private name, of what its callback does in automatic optimization alone
@@ -261,10 +264,11 @@ class TrainingHooks(FlushesRows):
 
     def _log_evaluation(self, trainer: pl.Trainer, stage: str, modules: nn.ModuleDict) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
-        # a validation_step of a subclass's own may not fill them
-        metrics = {n: m for n, m in modules.items() if isinstance(m, Metric) and m.update_called}
+        # a validation_step of a subclass's own may not fill them; a rank whose share is empty computes with the others
+        filled = trainer.strategy.reduce_boolean_decision
+        metrics = {n: m for n, m in modules.items() if isinstance(m, Metric) and filled(m.update_called, all=False)}
         with warnings.catch_warnings():
-            # a rank whose share is empty has nothing to update; a Trainer may have no logger
+            # a Trainer may have no logger
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric|You called `self.log")
             values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
             for name, value in values.items():

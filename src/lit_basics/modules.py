@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import nets
 from lit_basics.data.arrays import no_batches
-from lit_basics.errors import UserError
+from lit_basics.errors import UserError, own_frames
 from lit_basics.execution import only_optimizer, step_schedulers_of_batch
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
@@ -159,8 +159,9 @@ class LitSupervised(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and the scheduler that were given as callables."""
+        parameters = self.trained_parameters()
         try:
-            optimizer = self._optimizer(self.trained_parameters())
+            optimizer = self._optimizer(parameters)
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer cannot train {type(self.net).__name__}: {error}") from error
         if self._lr_scheduler is None:
@@ -168,6 +169,9 @@ class LitSupervised(pl.LightningModule):
         try:
             scheduler: dict[str, Any] = {"scheduler": self._lr_scheduler(optimizer), "interval": self.lr_interval}
         except (TypeError, ValueError, ZeroDivisionError) as error:
+            # one that asks for the number of steps has the data loaded
+            if isinstance(error, UserError) or any(f.name.endswith("_dataloader") for f in own_frames(error)):
+                raise
             raise UserError(f"lr_scheduler cannot be made: {error}") from error
         if self.automatic_optimization:  # in manual optimization Lightning ignores it, with a warning
             scheduler["monitor"] = self.lr_monitor
@@ -186,7 +190,13 @@ class LitSupervised(pl.LightningModule):
         Args:
             name: The metric's key, such as ``train/acc``.
             value: A scalar tensor.
+
+        Raises:
+            UserError: If it is neither a tensor nor a number.
         """
+        if not isinstance(value, (Tensor, float, int)):
+            kind = type(value).__name__
+            raise UserError(f"{type(self).__name__}: {name} is of type {kind}; it must be a scalar tensor")
         trainer = self._trainer  # Lightning's private name: ``trainer`` raises where there is none, as by Fabric
         # trainer.training compares without regard to case, which takes longer than all the rest
         if trainer is not None and trainer.state.stage is RunningStage.TRAINING:
@@ -199,7 +209,8 @@ class LitSupervised(pl.LightningModule):
         """Compute and record the loss; in manual optimization, make the update too."""
         if self.automatic_optimization:
             loss = self.compute_loss(batch, batch_idx)
-            if not self.own_training_step:  # of a subclass that calls this, what it returns is recorded
+            # of a subclass that calls this, what it returns is recorded; without a loss Lightning skips the batch
+            if not self.own_training_step and loss is not None:
                 self.record("train/loss", loss)
             return loss
         return self._manual_step(batch, batch_idx)
@@ -501,7 +512,7 @@ def _primitive_arguments(module: LitSupervised) -> dict[str, Any]:
 
 
 class _Arguments(dict[str, Any]):
-    """A dict to which an array is unequal: Lightning compares it with each argument, one number for the truth."""
+    """A dict that never equals an array: Lightning compares it with each argument, and needs one truth value."""
 
     __array_ufunc__ = None
 

@@ -132,7 +132,7 @@ class SpeedNet(nn.Module):
             scaled to unit standard deviation.
 
     Raises:
-        ValueError: If ``depth`` is neither 2 nor 3.
+        UserError: If ``depth`` is neither 2 nor 3.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class SpeedNet(nn.Module):
         logit_scale: float | None = None,
     ) -> None:
         if depth not in (2, 3):
-            raise ValueError(f"depth is {depth}; it must be 2 or 3")
+            raise UserError(f"depth is {depth}; it must be 2 or 3")
         super().__init__()
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)

@@ -357,8 +357,7 @@ class LookaheadSGD(LeanSGD):
             raise UserError("LookaheadSGD takes no negative learning rate, momentum or weight decay")
         if not 0 <= lookahead <= 1 or lookahead_steps < 1:
             raise UserError(
-                f"lookahead is {lookahead}, every {lookahead_steps} steps; it must be a share from 0 to 1, every step "
-                "or less often"
+                f"lookahead is {lookahead}, lookahead_steps {lookahead_steps}; they must be from 0 to 1, and at least 1"
             )
         lrs = {"weights": lr, "biases": bias_lr, "proxy_weights": lr, "proxy_biases": bias_lr}
         groups = named_groups(params, lrs, weight_decay, "LookaheadSGD takes", "LitSpeedNet96's")
@@ -440,8 +439,6 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
     """Return the loss of a step's ``closure``, which computes the gradients; None without one."""
     if closure is None:
         return None
-    if torch.is_grad_enabled():
-        return closure()
     with torch.enable_grad():
         return closure()
 

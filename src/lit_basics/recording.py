@@ -159,9 +159,8 @@ class StepRecorder:
                 if name in self._averaged:
                     total, n = self._sums.get(name, (0.0, 0))
                     broken = self._broken.setdefault(name, {})
-                    if (
-                        not math.isfinite(value) and len(broken) < 10 * ROWS
-                    ):  # enough to know that the mean is not finite
+                    # enough to know that the mean is not finite; a run of NaN must not fill the memory
+                    if not math.isfinite(value) and len(broken) < 10 * ROWS:
                         broken[step] = value
                     elif step not in self._left_out:
                         total, n = total + value, n + 1

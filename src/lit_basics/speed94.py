@@ -107,7 +107,7 @@ class LitSpeedNet(LitWhitened):
         early = min(steps, WHITENING_EPOCHS * (math.ceil(an_epoch) if math.isfinite(an_epoch) else math.inf))
 
         def linear(end: float) -> Any:
-            return lambda step: max(0.0, 1 - step / end)
+            return lambda step: max(0.0, 1 - step / max(1, end))
 
         ends = [early if group.get("name") == "whitening" else steps for group in optimizer.param_groups]
         return LambdaLR(optimizer, [linear(end) for end in ends])

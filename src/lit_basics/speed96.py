@@ -112,7 +112,7 @@ class LitSpeedNet96(LitWhitened):
         steps = self.steps_of_training()
         if math.isinf(steps):
             raise UserError("LitSpeedNet96's learning rates fall until the training ends: give max_epochs or max_steps")
-        return LookaheadLR(optimizer, int(steps))
+        return LookaheadLR(optimizer, max(1, int(steps)))
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of the images that the proxy finds hardest, with the gradient of the proxy's own."""

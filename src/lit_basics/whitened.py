@@ -17,7 +17,7 @@ class LitWhitened(LitClassifier):
     """What the recipes share: whitening from the first batch, bfloat16, six views of an image in test.
 
     It computes in bfloat16 where the device has instructions for it (see :func:`has_bfloat16`), at every precision
-    of the Trainer but ``64-true``; weights stay float32. Tested and predicted is with test-time augmentation:
+    of the Trainer but ``64-true``; weights stay float32. ``test`` and ``predict`` use test-time augmentation:
     the mean over the image and its mirror image of the centre (½) and of two diagonal shifts (¼ each).
 
     Args:

@@ -57,7 +57,7 @@ def test_evaluating_ranks_come_to_as_many_batches():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 100, "world_size": 3}, "batch_size is 100; it must divide by the 3 processes"),
+        ({"batch_size": 100, "world_size": 3}, "batch_size is 100; it must be divisible by the number of processes, 3"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"batch_size": 4, "seed": -1}, "seed is -1; it must be 0 or more"),
     ],

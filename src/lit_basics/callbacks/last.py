@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -51,7 +51,7 @@ class LastCheckpoint(Checkpoint):
         self._ended: tuple[int, int] | None = None  # that of a save within the epoch, at the end of training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Go behind all other callbacks: the best is for them to say. One that ``Preemption`` alone has joins them."""
+        """Go behind all other callbacks, and join those of the Trainer if only ``Preemption`` has this one."""
         go_behind(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,7 +108,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the final state."""
-        if self._saved != place(trainer):
+        # which has put the averages in the place of the weights just now
+        averaged = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if self._saved != place(trainer) or averaged:
             self.save(trainer)
 
     def _save_end(self, trainer: pl.Trainer) -> None:

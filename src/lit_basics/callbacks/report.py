@@ -25,12 +25,14 @@ class LossReport(pl.Callback):
         reduction: ``mean`` or ``sum``.
 
     Raises:
-        UserError: If ``every_n_steps`` is below 1.
+        UserError: If ``every_n_steps`` is below 1, or ``reduction`` is neither.
     """
 
     def __init__(self, every_n_steps: int | None = None, reduction: Literal["mean", "sum"] = "mean") -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"every_n_steps is {every_n_steps}; it must be at least 1")
+        if reduction not in ("mean", "sum"):
+            raise UserError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
         self.every_n_steps, self.reduction = every_n_steps, reduction
         self.key = f"train/loss_{reduction}_{every_n_steps or 'epoch'}"
         self._losses: list[float] = []

@@ -165,7 +165,7 @@ class ArrayDataModule(pl.LightningDataModule):
     Without a Trainer make each loader once: each iteration of a training loader is the next epoch.
 
     Args:
-        batch_size: Size of the global batch; it must divide by the number of processes.
+        batch_size: Size of the global batch; it must be divisible by the number of processes.
         val_size: Validation images taken from the training images: a fraction (float) or a number (int).
         seed: Seed of the validation split, of the order and of crop, flip and cutout of each epoch.
         mean: Mean of each channel of pixels in [0, 1]; of the training images by default, or a checkpoint's.
@@ -274,7 +274,7 @@ class ArrayDataModule(pl.LightningDataModule):
         return {MEAN: self.normalize.mean.flatten().tolist(), STD: self.normalize.std.flatten().tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Normalise as the run did that the state is of, until the next fit, but as ``mean`` and ``std`` say."""
+        """Normalise as in the run that was saved, until the next fit; a given ``mean`` or ``std`` wins."""
         if MEAN not in state_dict or self._arrays is None or not isinstance(self.normalize, Normalize):
             return
         self._own = self._own or self.normalize
@@ -335,7 +335,7 @@ class ArrayDataModule(pl.LightningDataModule):
 
 
 def check_flip(flip: Flip) -> None:
-    """Refuse what is not mirrored by."""
+    """Refuse an unknown value of ``flip``."""
     if flip not in (True, False, "alternating"):
         raise UserError(f"flip is {flip!r}; it must be True, False or 'alternating'")
 

@@ -48,7 +48,7 @@ class ResumableDataLoader(DataLoader[Any]):
     Args:
         dataset: Anything with ``__getitem__``, for indices from 0 on, and ``__len__``. ``loader.dataset`` wraps it and
             shows its attributes; ``__getitems__`` is not used.
-        batch_size: Size of the global batch; it must divide by the number of processes.
+        batch_size: Size of the global batch; it must be divisible by the number of processes.
         shuffle: Whether epochs are permuted; also whether this is training, see above.
         seed: Seed of the order and of the draws.
         drop_last: Whether to leave out the last, smaller training batch.

@@ -83,7 +83,8 @@ class EpochOrder:
         check_seed(seed)
         if batch_size % world_size:
             raise UserError(
-                f"batch_size is {batch_size}; it must divide by the {world_size} processes (devices: 1 trains in one)"
+                f"batch_size is {batch_size}; it must be divisible by the number of processes, {world_size} "
+                "(devices: 1 trains in a single process)"
             )
         if size < world_size and (size or shuffle):  # nothing to evaluate is nothing on every rank
             raise UserError(f"{size} samples cannot be shared by {world_size} processes")
