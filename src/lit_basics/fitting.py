@@ -17,10 +17,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError
-from lit_basics.callbacks.preemption import Preempted, let_launcher_leave
+from lit_basics.callbacks.preemption import Preempted
 from lit_basics.config import PRINT, Config, read_config, written_keys
 from lit_basics.errors import UserError, first_line
 from lit_basics.evaluating import check_data_fits, checkpoint_path
+from lit_basics.launching import let_launcher_leave
 from lit_basics.recipes import recipe_names
 from lit_basics.resuming import (
     OPTIMIZER,

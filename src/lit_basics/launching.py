@@ -1,16 +1,20 @@
-"""The processes that Lightning starts for the other ranks do not outlive the one that starts them."""
+"""The processes that Lightning starts for other ranks: they leave after the one that starts them, and with it."""
 
 import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _LAUNCHER = "LIT_BASICS_LAUNCHER"
 """Carries the process number of rank 0 to the processes that Lightning starts."""
+LAUNCHER_SECONDS = 180.0
+"""How long a process waits for the one that has started it to leave first, which may have to finish a W&B run."""
 
 
 @contextmanager
@@ -49,3 +53,16 @@ def ending_with_launcher() -> Iterator[None]:
         if whole and torch.distributed.is_initialized() and not connected:
             gc.collect()  # a module in DistributedDataParallel holds the group
             torch.distributed.destroy_process_group()
+
+
+def let_launcher_leave(world_size: int) -> None:
+    """Wait until the rank that has started this process has left, if one has.
+
+    Lightning's launcher kills its own process when one that it has started ends with a code other than 0. All ranks
+    must be here.
+    """
+    ranks: list[Any] = [0] * world_size
+    torch.distributed.all_gather_object(ranks, os.getpid())
+    launcher, deadline = os.getppid(), time.monotonic() + LAUNCHER_SECONDS
+    while launcher in ranks and os.getppid() == launcher and time.monotonic() < deadline:
+        time.sleep(0.02)

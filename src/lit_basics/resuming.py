@@ -110,20 +110,20 @@ def _checked_directory(directory: Path, resume: str) -> Path:
 
 
 def check_changes(
-    saved: dict[str, Any], typed: dict[str, Any], reset: bool = False, written: Iterable[str] = ()
+    saved: dict[str, Any], wanted: dict[str, Any], reset: bool = False, written: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Print what differs from the saved configuration; return the new arguments of the optimizer.
 
     Args:
         saved: The run's configuration.
-        typed: What it is to be from now on.
-        written: The keys of it, without ``init_args``, that were typed.
+        wanted: What it is to be from now on.
         reset: Whether another net, other data, another order or seed may be tried (``--resume_reset``).
+        written: The keys of it, without ``init_args``, that were typed.
 
     Raises:
         UserError: If a value differs that the run cannot go on with.
     """
-    before, after = flat(saved), flat(typed)
+    before, after = flat(saved), flat(wanted)
     # a class in the place of which is now null is there by its arguments only
     nulled = {k for k, value in after.items() if value in (None, {}) and any(b.startswith(f"{k}.") for b in before)}
     changes = {key: value for key, value in after.items() if before.get(key) != value or key in nulled}
@@ -170,17 +170,17 @@ def trained_by(checkpoint: Path, saved: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat(saved).items() if not (own and key.startswith(state))} | own
 
 
-def changed_arguments(checkpoint: Path, typed: dict[str, Any]) -> dict[str, Any]:
+def changed_arguments(checkpoint: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the optimizer that differ from a checkpoint's, from which a new run is to begin.
 
     Args:
         checkpoint: The file.
-        typed: The new run's configuration.
+        wanted: The new run's configuration.
 
     Raises:
         UserError: If the optimizer or the scheduler is another: Lightning gives it the checkpoint's state.
     """
-    before, after, arguments = trained_config(checkpoint), flat(typed), {}
+    before, after, arguments = trained_config(checkpoint), flat(wanted), {}
     scheduler = f"{SCHEDULER_CLASS}class_path"
     if before and scheduler in after and scheduler not in before:  # it would begin from groups without an initial_lr
         raise UserError(f"model.lr_scheduler is {after[scheduler]}, but {checkpoint} was not trained with it")

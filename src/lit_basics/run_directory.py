@@ -18,8 +18,6 @@ _RUN_DIR = "LIT_BASICS_RUN_DIR"
 
 CONTENTS = ("config.yaml", "metrics.csv", "checkpoints", "best.pth")
 """What a run leaves in its directory, next to its loggers' files."""
-WRITTEN = CONTENTS[:2]
-"""What is there before the first step."""
 PATIENCE = 15.0
 """Seconds that a resumed run waits for the directory: of one that was killed, workers may still be leaving."""
 TRIAL = 1 << 18
@@ -59,7 +57,11 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
                     raise
                 count += 1
                 directory = stamp.with_name(f"{stamp.name}-{count}")
-        made = [*(directory / name for name in WRITTEN if not (directory / name).exists()), *made]
+        # what is there before the first step
+        made = [
+            *(directory / name for name in ("config.yaml", "metrics.csv") if not (directory / name).exists()),
+            *made,
+        ]
         if not may_exist and any((directory / name).exists() for name in CONTENTS):
             raise UserError(
                 f"--run_dir {directory} holds a run already; name another directory, or go on with --resume auto"

@@ -1,4 +1,4 @@
-"""The configuration of a run: in its directory, with its loggers, and in every checkpoint."""
+"""What a run writes of itself: its configuration, and where its rows and its checkpoints begin."""
 
 from pathlib import Path
 from typing import Any

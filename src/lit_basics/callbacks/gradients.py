@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lit_basics.callbacks.names import trained_parameters
+from lit_basics.callbacks.names import parameters_by_name
 from lit_basics.errors import UserError
 from lit_basics.recording import FlushesRows, recorder_of
 
@@ -60,7 +60,7 @@ class GradientMonitor(FlushesRows):
         # optimizers that take turns each raise the step: all are shown, not again and again the one whose turn it is
         if -step % self.every_n_steps >= len(trainer.optimizers) or recorder.has(step, "grad/norm"):
             return
-        named = [(name, p.grad) for name, p in trained_parameters(pl_module, optimizer) if p.grad is not None]
+        named = [(name, p.grad) for name, p in parameters_by_name(pl_module, optimizer) if p.grad is not None]
         if named:
             names, grads = zip(*named, strict=True)
             if names != self._names:

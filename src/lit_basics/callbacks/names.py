@@ -19,7 +19,7 @@ class _Named(NamedTuple):
 _known: "weakref.WeakKeyDictionary[torch.optim.Optimizer, _Named]" = weakref.WeakKeyDictionary()
 
 
-def trained_parameters(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+def parameters_by_name(module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that ``optimizer`` trains, with their names in metric keys.
 
     A prefix that all parameters of the module share (``net.``) and torch.compile's are left out.

@@ -21,13 +21,12 @@ from torch.utils.data._utils.worker import _worker_loop  # private, as _target b
 
 from lit_basics.callbacks.last import LastCheckpoint, go_behind
 from lit_basics.errors import UserError
+from lit_basics.launching import let_launcher_leave
 from lit_basics.recording import compute_logged
 from lit_basics.steps import at_step_boundary
 
 SAME_SECONDS = 1.0
 """Ctrl-C reaches a process from the terminal and, again at once, from torchrun: within this they are one."""
-LAUNCHER_SECONDS = 180.0
-"""How long a process waits for the one that has started it to leave first, which may have to finish a W&B run."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -235,19 +234,6 @@ def _highest(number: int, trainer: pl.Trainer) -> int:
     agreed = torch.tensor(number, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
     return int(agreed)
-
-
-def let_launcher_leave(world_size: int) -> None:
-    """Wait until the rank that has started this process has left, if one has.
-
-    Lightning's launcher kills its own process when one that it has started ends with a code other than 0. All ranks
-    must be here.
-    """
-    ranks: list[Any] = [0] * world_size
-    torch.distributed.all_gather_object(ranks, os.getpid())
-    launcher, deadline = os.getppid(), time.monotonic() + LAUNCHER_SECONDS
-    while launcher in ranks and os.getppid() == launcher and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def _requeue() -> None:

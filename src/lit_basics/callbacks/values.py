@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_basics.callbacks.gradients import scale_left
-from lit_basics.callbacks.names import trained_parameters
+from lit_basics.callbacks.names import parameters_by_name
 from lit_basics.errors import UserError
 from lit_basics.recording import FlushesRows, recorder_of
 from lit_basics.steps import accumulating
@@ -37,7 +37,7 @@ class ValueMonitor(FlushesRows):
         Raises:
             UserError: If the parameters hold more than 100 numbers.
         """
-        parameters = trained_parameters(pl_module, optimizer)
+        parameters = parameters_by_name(pl_module, optimizer)
         numbers = sum(p.numel() for _, p in parameters)
         if numbers > LIMIT:
             raise UserError(
@@ -59,7 +59,7 @@ class ValueMonitor(FlushesRows):
         if accumulating(trainer):
             return
         for optimizer in trainer.optimizers:
-            parameters = trained_parameters(pl_module, optimizer)
+            parameters = parameters_by_name(pl_module, optimizer)
             _record(trainer, trainer.global_step, [(f"param/{name}", p) for name, p in parameters])
 
 
