@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -517,6 +518,18 @@ class Exact(LitLeNet5):
     def predict_step(self, batch, batch_idx):
         return self.value.repeat(len(batch[0]))
 
+class Chooses(LitLeNet5):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+class Changes(LitLeNet5):
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+class Untyped(LitLeNet5):
+    def __init__(self, width, depth: int = 1, **kwargs):
+        super().__init__(**kwargs)
+
 class Scalar(LitLeNet5):
     def predict_step(self, batch, batch_idx):
         return batch[0].mean()
@@ -577,6 +590,54 @@ def test_predictions_of_several_loaders_come_one_after_the_other(own):
     with np.load(run / "predictions.npz") as file:
         first, second = np.split(file["outputs"], 2)
     assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("words", [["--model.optimizer", "SGD"], ["--model.lr_scheduler", "ConstantLR"]])
+def test_an_optimizer_that_has_no_effect_is_refused(words, own, tmp_path, capsys):
+    """It was written into ``config.yaml``, and the module trained with its own."""
+    more = ["--trainer.enable_progress_bar", "false", "--run_dir", "run"]
+    assert main(["fit", *SMALL, "--model", f"{own}.Chooses", *words, *more]) == 2
+    said = f"{words[0]} has no effect: Chooses.configure_optimizers makes others; leave it out"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    run = fit(*SMALL, "--model", f"{own}.Chooses")
+    assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0  # config.yaml has one, too
+    fit(*SMALL, "--model", f"{own}.Changes", *words, run_dir="other")
+
+
+def test_an_argument_without_a_type_is_needed_too(own, capsys):
+    """jsonargparse gives it None."""
+    words = ["--model", f"{own}.Untyped", "--print_config"]
+    assert main(["fit", *SMALL, *words]) == 2
+    assert f"model: {own}.Untyped needs width" in capsys.readouterr().err
+    for value in ("3", "null"):
+        assert main(["fit", *SMALL, *words, "--model.width", value]) == 0
+        assert f"width: {value}\n" in capsys.readouterr().out
+
+
+def test_a_module_that_is_not_there_is_said_to_be(own, capsys, monkeypatch):
+    """``--allow_import`` was advised, which would not help."""
+    assert main(["fit", *SMALL, "--model", "own_in_a_tst.Silent"]) == 2
+    said = "model: there is no module own_in_a_tst for own_in_a_tst.Silent; did you mean 'own_in_a_test'?"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != Path.cwd()])
+    assert main(["fit", *SMALL, "--model", "own_in_a_tst.Silent"]) == 2
+    assert "; python -m lit_basics finds those in the working directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "verify"])
+def test_no_data_is_wrong_input(command, capsys):
+    """Of ``verify`` each check failed by Lightning's exception."""
+    assert main([command, "--model", "LitLeNet5"]) == 2
+    assert "which data? LitLeNet5 has none of its own: --data CLASS" in capsys.readouterr().err
+
+
+def test_plain_weights_are_no_checkpoint(capsys):
+    """ "damaged", of the run's own file."""
+    run = fit(*SMALL)
+    for words in (["fit", *SMALL, "--run_dir", "other"], ["test", *SMALL]):
+        assert main([*words, "--ckpt_path", str(run / "best.pth")]) == 2
+        assert "best.pth holds weights only; a run goes on from a .ckpt" in capsys.readouterr().err
 
 
 def test_predictions_that_are_no_rows_are_refused(own, capsys):

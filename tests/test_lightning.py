@@ -486,22 +486,9 @@ def test_a_callback_is_left_its_hooks():
     trainer(max_epochs=1, callbacks=[inner, Forwarding(inner)]).fit(LitClassifier(small_net()), data())
 
 
-class Skipping(LitClassifier):
-    """Gives no loss for one batch, by which Lightning passes it over."""
-
+class Forgets(LitClassifier):
     def compute_loss(self, batch, batch_idx):
-        return None if batch_idx == 1 else super().compute_loss(batch, batch_idx)
-
-
-@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_a_batch_without_a_loss_is_skipped():
-    """Recorded, it was NaN, and so was the epoch's mean."""
-    module, rows = Skipping(small_net()), Rows()
-    fitted = trainer(max_epochs=1, logger=rows, log_every_n_steps=1)
-    fitted.fit(module, data())
-    losses = [row["train/loss"] for row in rows.table().values() if "train/loss" in row]
-    assert len(losses) == 3
-    assert fitted.callback_metrics["train/loss"].item() == pytest.approx(sum(losses) / 3)
+        super().compute_loss(batch, batch_idx)
 
 
 class Dicts(LitClassifier):
@@ -509,12 +496,20 @@ class Dicts(LitClassifier):
         return {"loss": super().compute_loss(batch, batch_idx)}
 
 
-@pytest.mark.parametrize(("kind", "what"), [(Skipping, "NoneType"), (Dicts, "dict")])
+class Unreduced(LitClassifier):
+    def compute_loss(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none")
+
+
+REFUSED = [(Forgets, "of type NoneType"), (Dicts, "of type dict"), (Unreduced, r"a tensor \(10,\)")]
+
+
+@pytest.mark.parametrize(("kind", "what"), REFUSED)
 @pytest.mark.parametrize("mode", [{"automatic_optimization": False}, {"steps_per_execution": 3}, {}])
 def test_a_loss_that_is_no_number_is_refused(kind, what, mode):
-    if (kind, mode) == (Skipping, {}):
-        pytest.skip("there it is skipped")
-    with pytest.raises(UserError, match=f"{kind.__name__}: train/loss is of type {what}; it must be a scalar tensor"):
+    """Without a loss Lightning passes over each batch, and a training to the end has trained nothing."""
+    message = f"{kind.__name__}: train/loss, which compute_loss returns, is {what}; it must be a scalar tensor"
+    with pytest.raises(UserError, match=message):
         trainer(max_epochs=1).fit(kind(small_net(), **mode), data())
 
 
@@ -857,13 +852,14 @@ class Ends(pl.Callback):
 
 
 def test_lightning_passes_over_the_hooks_that_a_callback_does_not_have():
-    ends, other = Ends(), pl.Callback()
+    ends, other, monitor = Ends(), pl.Callback(), GradientMonitor()
     other.on_train_batch_start = lambda *_: setattr(other, "set", True)  # on the instance: it stays
-    trainer(callbacks=[ends, other], max_epochs=1).fit(LitClassifier(small_net()), data())
+    trainer(callbacks=[ends, other, monitor], max_epochs=1).fit(LitClassifier(small_net()), data())
     assert ends.batches == 4
     assert other.set
     # what Lightning can call costs time: without skip_empty_hooks this is a method
-    assert ends.on_before_zero_grad is None
+    assert monitor.on_before_zero_grad is None
+    assert ends.on_before_zero_grad is not None
 
 
 def test_attributes_are_those_of_any_module():

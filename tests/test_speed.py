@@ -13,7 +13,7 @@ from helpers import fit
 from torch import nn
 
 from lit_basics import DurableCheckpointIO
-from lit_basics.callbacks.names import trained_parameters
+from lit_basics.callbacks.names import parameters_by_name
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -23,11 +23,11 @@ def test_a_parameter_that_joins_the_optimizer_is_named():
     module = pl.LightningModule()
     module.net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(module.net[0].parameters(), lr=0.1)
-    assert [name for name, _ in trained_parameters(module, optimizer)] == ["0.weight", "0.bias"]
+    assert [name for name, _ in parameters_by_name(module, optimizer)] == ["0.weight", "0.bias"]
     optimizer.add_param_group({"params": list(module.net[1].parameters())})
     names = ["0.weight", "0.bias", "1.weight", "1.bias"]
-    assert [name for name, _ in trained_parameters(module, optimizer)] == names
-    assert [name for name, _ in trained_parameters(module, optimizer)] == names
+    assert [name for name, _ in parameters_by_name(module, optimizer)] == names
+    assert [name for name, _ in parameters_by_name(module, optimizer)] == names
 
 
 @pytest.mark.parametrize("options", [{"asynchronous": True}, {"min_seconds": 60.0}])

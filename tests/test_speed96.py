@@ -295,7 +295,7 @@ def test_bad_arguments():
         with pytest.raises(UserError, match="negative"):
             LookaheadSGD(LitSpeedNet96(**WIDTHS).trained_parameters(), **wrong)
     for wrong in ({"lookahead": 7.0}, {"lookahead_steps": 0}):
-        with pytest.raises(UserError, match="must be a share from 0 to 1"):
+        with pytest.raises(UserError, match="they must be from 0 to 1"):
             LookaheadSGD(LitSpeedNet96(**WIDTHS).trained_parameters(), **wrong)
     with pytest.raises(UserError, match="hardest is 0"):
         LitSpeedNet96(hardest=0)

@@ -150,6 +150,8 @@ def _load(path: Path, digests: list[str], map_location: Any) -> dict[str, Any]:
             "torch.serialization.add_safe_globals allows those that you trust"
         ) from error
     if not isinstance(checkpoint, dict) or not ("state_dict" in checkpoint or digests):
+        if path.suffix == ".pth":
+            raise UserError(f"{path} holds weights only; a run goes on from a .ckpt, such as checkpoints/best.ckpt")
         raise ValueError("it has no state_dict")
     return checkpoint
 

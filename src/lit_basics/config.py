@@ -21,12 +21,13 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
 from lit_basics.config_errors import short_message
 from lit_basics.errors import UserError, first_line, nearest, root_cause, where
-from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy
+from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy, untyped_arguments
 from lit_basics.recipes import all_names, recipe_path
 from lit_basics.words import CONFIG_FLAGS, config_names, taken
 
@@ -64,9 +65,12 @@ class Config(LightningCLI):
     """What a resumed run gives its optimizer anew."""
     resumed: bool = False
     """Whether the run goes on where an earlier one stopped."""
+    typed: list[str]
+    """The keys of the typed options."""
 
     def __init__(self, args: list[str]) -> None:
         self.optimizer_arguments = {}
+        self.typed = [word.partition("=")[0].removeprefix("--") for word in args if word.startswith("--")]
         # a config cannot widen the list: the flag is typed, and typed again for a resumed run
         self._allowed, args = taken(args, FLAG)
         for name in lit_basics.__all__:
@@ -129,7 +133,9 @@ class Config(LightningCLI):
                 for key, value in self.config.items():
                     if isinstance(value, float) and math.isnan(value):
                         raise UserError(f"{key.replace('.init_args', '')} is nan; it must be a number")
-                reset_unwritten(self.config, written_keys(args, self.config), {})
+                written = written_keys(args, self.config)
+                check_untyped(self.config, written)
+                reset_unwritten(self.config, written, {})
                 check_nulls(parser, self.config)
                 if printed:
                     print(self.to_yaml(), end="")
@@ -180,6 +186,16 @@ class Config(LightningCLI):
         self.model: pl.LightningModule = objects["model"]
         self.datamodule: pl.LightningDataModule | None = objects.get("data")
         self.trainer_arguments: dict[str, Any] = dict(objects["trainer"])
+
+    def check_data(self) -> None:
+        """Refuse to train without data.
+
+        Raises:
+            UserError: If none is named, and the module has no training loader of its own.
+        """
+        if self.datamodule is None and not is_overridden("train_dataloader", self.model):
+            name = type(self.model).__name__
+            raise UserError(f"which data? {name} has none of its own: --data CLASS, such as --data SyntheticCIFAR10")
 
     def drop_repeated(self, saved: dict[str, Any]) -> None:
         """Take out callbacks and loggers that a ``+`` appends as the saved ones: the words of the run, given again.
@@ -308,6 +324,16 @@ def reset_unwritten(config: jsonargparse.Namespace, written: set[str], defaults:
             if isinstance(default, jsonargparse.Namespace) and default.class_path == value.class_path:
                 inner_defaults = dict(vars(default.init_args))
             reset_unwritten(value.init_args, written, inner_defaults, inner)
+
+
+def check_untyped(config: jsonargparse.Namespace, written: set[str]) -> None:
+    """Refuse a model or data that lacks an argument without a type, for which jsonargparse takes None."""
+    for key in ("model", "data"):
+        entry = config.get(key)
+        if isinstance(entry, jsonargparse.Namespace) and "class_path" in entry:
+            missing = [name for name in untyped_arguments(entry.class_path) if f"{key}.{name}" not in written]
+            if missing:
+                raise UserError(f"{key}: {entry.class_path} needs {', '.join(missing)}")
 
 
 def check_nulls(parser: jsonargparse.ArgumentParser, config: jsonargparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import lit_basics
 from lit_basics.errors import nearest, shortened
-from lit_basics.imports import FLAG, class_defaults
+from lit_basics.imports import FLAG, class_defaults, is_there, own_modules
 from lit_basics.recipes import all_names
 from lit_basics.words import config_names
 
@@ -90,6 +90,9 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
             "directory)"
         )
         theirs = match[2] != "*" or package in ("torch", "torchvision", "builtins")
+        if not theirs and not is_there(package):
+            close = nearest(package, own_modules()) or "; python -m lit_basics finds those in the working directory"
+            return f"{key}: there is no module {package} for {match[1]}{place}{close}"
         return f"{key}: a config may not name {match[1]}{place}{'' if theirs else hint}"
 
     # the following arguments are required: model

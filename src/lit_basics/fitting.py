@@ -124,6 +124,7 @@ def _made(config: Config, directory: Path) -> pl.Trainer:
     """Make the objects of a configuration, look at its checkpoint, and return the Trainer."""
     config.prepare_loggers(directory)
     config.build()
+    config.check_data()
     ckpt_path = config.config.ckpt_path
     if ckpt_path:
         # Lightning loads them again; this refuses a wrong file

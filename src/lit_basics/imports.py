@@ -54,7 +54,7 @@ def import_policy(allowed: Sequence[str]) -> Iterator[None]:
     try:
         try:
             jsonargparse.set_parsing_settings(
-                import_path_denylist=[*NEVER], import_path_allowlist=[*LIBRARIES, "__main__", *_own_modules(), *allowed]
+                import_path_denylist=[*NEVER], import_path_allowlist=[*LIBRARIES, "__main__", *own_modules(), *allowed]
             )
         except ValueError as error:
             wrong = next((name for name in allowed if repr(name) in str(error)), "jsonargparse")
@@ -64,7 +64,8 @@ def import_policy(allowed: Sequence[str]) -> Iterator[None]:
         parsing_settings.update(before)  # what else in this process uses jsonargparse keeps its settings
 
 
-def _own_modules() -> list[str]:
+def own_modules() -> list[str]:
+    """Return the modules of the working directory, where Python looks for modules there."""
     folder = Path.cwd()
     if not any(Path(entry).resolve() == folder for entry in sys.path):
         return []
@@ -124,6 +125,21 @@ def class_defaults(class_path: str) -> dict[str, Any]:
     add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
     add(target, fail_untyped=False)
     return dict(vars(parser.get_defaults()))
+
+
+def untyped_arguments(class_path: str) -> list[str]:
+    """Return the arguments without a type that a class needs: jsonargparse gives them None where they are missing."""
+    parameters = inspect.signature(import_object(class_path)).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.annotation is p.empty]
+
+
+def is_there(module: str) -> bool:
+    """Return whether there is a module of this name, which has no dot; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # of __main__
+        return True
 
 
 def _check_function(target: Any, path: str, key: str) -> None:

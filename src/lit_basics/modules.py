@@ -123,6 +123,8 @@ class LitSupervised(pl.LightningModule):
         self.compile_net = compile_net
         self.automatic_optimization = automatic_optimization and not several
         self._optimizer = optimizer
+        self._made_optimizer = False
+        """Whether ``optimizer`` and ``lr_scheduler`` were made, not others by a subclass."""
         self._lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.lr_monitor = lr_monitor
@@ -159,6 +161,7 @@ class LitSupervised(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and the scheduler that were given as callables."""
+        self._made_optimizer = True
         parameters = self.trained_parameters()
         try:
             optimizer = self._optimizer(parameters)
@@ -192,11 +195,12 @@ class LitSupervised(pl.LightningModule):
             value: A scalar tensor.
 
         Raises:
-            UserError: If it is neither a tensor nor a number.
+            UserError: If it is no scalar.
         """
-        if not isinstance(value, (Tensor, float, int)):
-            kind = type(value).__name__
-            raise UserError(f"{type(self).__name__}: {name} is of type {kind}; it must be a scalar tensor")
+        if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (float, int))):
+            what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+            whose = ", which compute_loss returns," if name == "train/loss" else ""
+            raise UserError(f"{type(self).__name__}: {name}{whose} is {what}; it must be a scalar tensor")
         trainer = self._trainer  # Lightning's private name: ``trainer`` raises where there is none, as by Fabric
         # trainer.training compares without regard to case, which takes longer than all the rest
         if trainer is not None and trainer.state.stage is RunningStage.TRAINING:
@@ -209,8 +213,7 @@ class LitSupervised(pl.LightningModule):
         """Compute and record the loss; in manual optimization, make the update too."""
         if self.automatic_optimization:
             loss = self.compute_loss(batch, batch_idx)
-            # of a subclass that calls this, what it returns is recorded; without a loss Lightning skips the batch
-            if not self.own_training_step and loss is not None:
+            if not self.own_training_step:  # of a subclass that calls this, what it returns is recorded
                 self.record("train/loss", loss)
             return loss
         return self._manual_step(batch, batch_idx)

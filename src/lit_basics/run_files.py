@@ -30,8 +30,9 @@ class RunFiles(pl.Callback):
         """Write ``config.yaml``, and what loggers keep of it; cut ``metrics.csv`` back to where a resume begins.
 
         Raises:
-            UserError: If no safe load would take the checkpoints.
+            UserError: If no safe load would take the checkpoints, or an optimizer was typed that has no effect.
         """
+        check_optimizer(pl_module, self.config)
         if trainer.checkpoint_callbacks:
             check_hyperparameters(pl_module)
             if self.config.datamodule is not None:
@@ -79,6 +80,14 @@ def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) ->
             f"{type(owner).__name__} saves {what}, a {type(value).__name__}, and no run could go on from a checkpoint "
             f"with it (numbers, text and tensors are loaded, in lists and dicts too): {advice}"
         )
+
+
+def check_optimizer(module: pl.LightningModule, config: Config) -> None:
+    """Refuse an optimizer or a scheduler that was typed for a module that makes others."""
+    typed = next((key for key in config.typed if key.startswith(("model.optimizer", "model.lr_scheduler"))), None)
+    if isinstance(module, LitSupervised) and not module._made_optimizer and typed:
+        name = type(module).__name__
+        raise UserError(f"--{typed} has no effect: {name}.configure_optimizers makes others; leave it out")
 
 
 def last_row(trainer: pl.Trainer) -> int:

@@ -57,6 +57,7 @@ def test_a_random_transform_can_be_pickled():
         ({"x_test": torch.zeros(10, 1, 8, 8, dtype=torch.uint16)}, "x_test as torch.uint16"),
         ({"x_train": torch.zeros(100, 8, 8, dtype=torch.uint8)}, r"x_train as torch.uint8 \(100, 8, 8\)"),
         ({"x_test": np.zeros((10, 1, 8, 8), np.uint8)}, "x_test as ndarray"),
+        ({"x_train": torch.zeros(100, 8, 8, 3, dtype=torch.uint8)}, r"x_train of shape \(100, 8, 8, 3\); it must be"),
         ({"y_train": list(range(100))}, "y_train as list; it must be a tensor"),
         ({"y_test": np.arange(10)}, "y_test as ndarray"),
         ({"y_train": torch.arange(99)}, "100 images in x_train, but 99 labels in y_train"),
@@ -72,6 +73,17 @@ def test_what_load_must_not_return_is_refused(change, message):
 
     with pytest.raises(UserError, match=f"Changed.load returns {message}"):
         ready(Changed(mean=[0.0], std=[1.0]))
+
+
+def test_a_plain_tuple_is_no_arrays():
+    """An AttributeError."""
+
+    class Plain(Numbered):
+        def load(self):
+            return tuple(super().load())
+
+    with pytest.raises(UserError, match=r"Plain\.load returns a tuple; it must be ImageArrays"):
+        ready(Plain())
 
 
 def test_validation_images_are_split_off_by_seed():

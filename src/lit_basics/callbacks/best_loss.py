@@ -18,6 +18,8 @@ from lit_basics.files import local_path, replace_file
 from lit_basics.recording import recorder_of
 from lit_basics.steps import ends_after_batch
 
+BY_COMMAND = "(by command: --trainer.callbacks+ BestLossCheckpoint --trainer.callbacks.monitor KEY)"
+
 
 class BestLossCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt``, the whole state at the lowest loss, and ``best.pth``, the plain net's weights.
@@ -139,13 +141,13 @@ class BestLossCheckpoint(ModelCheckpoint):
         if self._off:
             rank_zero_warn(
                 "BestLossCheckpoint keeps nothing in this run: its module logs neither val/loss nor the epoch's "
-                f"train/loss; it logs {_listed(trainer.callback_metrics)}; monitor= takes another key"
+                f"train/loss; it logs {_listed(trainer.callback_metrics)}; monitor= takes another key {BY_COMMAND}"
             )
         elif self.monitor == "train/loss" and self._missed:
             there = _listed(key for key, of_epoch in _logged(trainer)[1].items() if of_epoch)
             rank_zero_warn(
                 f"BestLossCheckpoint goes by train/loss: the validation logs {there}, and no val/loss; "
-                "monitor= takes another key"
+                f"monitor= takes another key {BY_COMMAND}"
             )
 
     def _lacks_epoch_value(self, trainer: pl.Trainer) -> bool:

@@ -348,12 +348,17 @@ def check_arrays(arrays: ImageArrays, name: str) -> None:
         name: The DataModule's class.
 
     Raises:
-        UserError: If images are not uint8 (N, C, H, W), or labels are no tensor, or not as many.
+        UserError: If they are no :class:`ImageArrays`, images not uint8 (N, C, H, W), labels no tensor, or not as many.
     """
+    if not isinstance(arrays, ImageArrays):
+        kind = type(arrays).__name__
+        raise UserError(f"{name}.load returns a {kind}; it must be ImageArrays(x_train, y_train, x_test, y_test)")
     for split, x, y in (("train", arrays.x_train, arrays.y_train), ("test", arrays.x_test, arrays.y_test)):
         if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UserError(f"{name}.load returns x_{split} as {what}; it must be a uint8 tensor (N, C, H, W)")
+        if x.shape[-1] in (1, 3) and x.shape[1] > 4:
+            raise UserError(f"{name}.load returns x_{split} of shape {tuple(x.shape)}; it must be (N, C, H, W)")
         if not isinstance(y, Tensor):
             raise UserError(f"{name}.load returns y_{split} as {type(y).__name__}; it must be a tensor (N,)")
         if len(y) != len(x):

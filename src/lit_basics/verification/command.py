@@ -28,6 +28,7 @@ def verify_config(args: list[str]) -> None:
     config = Config(args)
     config.config.trainer.logger = False
     config.build()
+    config.check_data()
     arguments = dict(config.trainer_arguments)
     arguments["callbacks"] = [*with_guard(config, as_list(arguments["callbacks"])), RandomState()]
     arguments["plugins"] = with_durable_checkpoints(arguments["plugins"])
