@@ -72,6 +72,7 @@ def assert_short(message, *fragments):
         ("fit quickstart", ["'quickstart' stands alone", "'--config quickstart'"]),
         ("fit --config quickstart manual", ["'manual' stands alone", "'--config manual'"]),
         ("fit --config quickstart --trainer.max_epochs 3 4", ["'4' stands alone"]),
+        ("fit --config quickstart --trainer.gradient_clip_val=-1", ["gradient_clip_val is -1; it must be 0 or more"]),
         ("fit --config", ["--config needs a value"]),
         ("fit --config quickstart --run_dir", ["--run_dir needs a value"]),
         ("fit --config quickstart --resume --print_config", ["--resume needs a value"]),

@@ -4,6 +4,7 @@ import functools
 import importlib
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -944,6 +945,36 @@ def test_an_edit_of_a_run_counts_as_typed(edits, told, tmp_path, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(content))
     assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path, capsys):
+    for name in ("first", "second"):
+        fit(*SMALL, "--trainer.max_epochs", "1", run_dir=Path("runs", name))
+    capsys.readouterr()
+    assert main(["fit", "--resume", "runs"]) == 2
+    assert "--resume runs: there are runs in it, and no checkpoint; the newest: --resume runs/second" in (
+        capsys.readouterr().err
+    )
+    assert main(["test", "runs/first"]) == 2
+    assert "'runs/first' stands alone; did you mean '--run_dir runs/first'?" in capsys.readouterr().err
+
+
+def test_a_schedule_that_is_shorter_than_the_run(tmp_path, capsys):
+    """A traceback of torch's, after a longer run was typed on a resume, too."""
+    words = ["--model.lr_scheduler", "OneCycleLR", "--model.lr_scheduler.max_lr", "0.1"]
+    words += ["--model.lr_scheduler.total_steps", "3", "--model.lr_interval", "step"]
+    assert main(["fit", *SMALL, *words, "--trainer.enable_progress_bar", "false", "--run_dir", "run"]) == 2
+    assert capsys.readouterr().err.startswith("lit_basics: Tried to step 4 times. The specified number of total steps")
+
+
+def test_a_warning_shows_no_line_of_code(tmp_path):
+    fit(*SMALL, "--trainer.max_epochs", "1")
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"no")
+    words = [sys.executable, "-m", "lit_basics", "fit", "--run_dir", "run", "--resume", "auto", *SMALL]
+    done = subprocess.run([*words, "--trainer.max_epochs", "2"], capture_output=True, text=True)
+    (line, *_) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert "resuming.py:" in line
+    assert "rank_zero_warn" not in done.stderr
 
 
 def test_a_process_of_another_rank_takes_the_run_of_rank_0(tmp_path, monkeypatch):

@@ -373,6 +373,8 @@ def check_trainer(settings: Any) -> None:
     for key in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         if isinstance(settings[key], int) and settings[key] < 1:
             raise UserError(f"trainer.{key} is {settings[key]}; it must be at least 1")
+    if (settings.gradient_clip_val or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val is {settings.gradient_clip_val}; it must be 0 or more")
     if not isinstance(settings.accelerator, str):
         return
     wanted = {"auto": found, "gpu": ["cuda", "mps"]}.get(settings.accelerator, [settings.accelerator])

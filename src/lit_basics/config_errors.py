@@ -108,6 +108,8 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
             return f"there is no option {word}{_nearest_key(word.lstrip('-–—'), [*_keys(parser), FLAG[2:]], '--')}"
         if word in all_names() or word.endswith((".yaml", ".yml")):
             return f"{word!r} stands alone; did you mean '--config {word}'?"
+        if Path(word, "config.yaml").is_file():
+            return f"{word!r} stands alone; did you mean '--run_dir {word}'?"
         return f"{word!r} stands alone; a value follows its --KEY"
 
     # Group 'trainer' does not accept option 'max_epoch'

@@ -71,6 +71,10 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
     best = checkpoint.with_name("best.ckpt")
     if path.is_dir() and is_there(best) and not is_there(checkpoint):
         raise UserError(f"there is no checkpoint {checkpoint}; to go on from the best: --resume {quote(str(best))}")
+    runs = sorted(path.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if path.is_dir() and not is_there(checkpoint) and runs:
+        newest = quote(str(runs[-1].parent.parent))
+        raise UserError(f"--resume {resume}: there are runs in it, and no checkpoint; the newest: --resume {newest}")
     load_checked(checkpoint)
     own = path if path.is_dir() else checkpoint.absolute().parent.parent
     if run_dir and own.resolve() != Path(run_dir).resolve() and (own / "config.yaml").is_file():

@@ -45,6 +45,7 @@ def _is_user_error(error: Exception) -> bool:
         r"does not support (dense|sparse)|sparse gradients",
         r"Target .* is out of bounds",
         r"Early stopping conditioned on metric",
+        r"Tried to step \d+ times",  # a OneCycleLR of fewer steps
         r"No supported gpu",
         r"must be less than or equal to the number of the training batches",
         r"You have set `accumulate_grad_batches` and are using",
@@ -60,7 +61,8 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def quiet() -> None:
-    """Silence what the libraries say at every start, and nothing else."""
+    """Silence what the libraries say at every start, and nothing else; of warnings, the line of code they came from."""
+    warnings.formatwarning = lambda message, kind, file, line, *_: f"{file}:{line}: {kind.__name__}: {message}\n"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("callbacks", "profilers", "tuner"):  # what they say was asked for: a summary, a profile, a rate found

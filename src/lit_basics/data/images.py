@@ -32,7 +32,7 @@ class Normalize:
             if len(values) not in (1, channels):
                 raise UserError(
                     f"{name} has {len(values)} values, but the images have {channels} channels; for fit, "
-                    f"--data.{name} null measures it"
+                    "--data.mean null --data.std null measures both"
                 )
         if not all(value > 0 for value in std):
             raise UserError(f"std is {list(std)}; it must be positive")
