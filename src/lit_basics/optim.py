@@ -439,6 +439,8 @@ def evaluate(closure: Callable[[], float] | None) -> float | None:
     """Return the loss of a step's ``closure``, which computes the gradients; None without one."""
     if closure is None:
         return None
+    if torch.is_grad_enabled():  # to enable it once more takes a microsecond
+        return closure()
     with torch.enable_grad():
         return closure()
 
