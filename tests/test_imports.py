@@ -190,7 +190,7 @@ def test_the_working_directory_counts_where_python_looks_there(tmp_path, monkeyp
     (tmp_path / "os.py").write_text("raise AssertionError('not the module that Python means')\n")
     (tmp_path / "my_parts").mkdir()
     words = ("--model", "LitClassifier", "--model.net")
-    with pytest.raises(UserError, match="--allow_import my_net"):
+    with pytest.raises(UserError, match="python -m lit_basics finds those in the working directory"):
         parsed(*words, "my_net.Net")
     monkeypatch.syspath_prepend(tmp_path)
     try:
