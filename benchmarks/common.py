@@ -153,8 +153,7 @@ def prepared(words: list[str]) -> Iterator[tuple[Config, pl.Trainer]]:
     """Make what ``lit_basics fit`` makes before it trains, on the CPU, in a folder that goes afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         config = Config([*words, "--trainer.accelerator=cpu"])
-        config.prepare_loggers(Path(folder))
-        config.build()
+        config.build(Path(folder))
         yield config, make_trainer(config, Path(folder))
 
 

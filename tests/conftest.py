@@ -24,8 +24,7 @@ def clean_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     yield
-    for name in ("LIT_BASICS_RUN_DIR", "WANDB_MODE"):  # set for the processes that a run starts
-        os.environ.pop(name, None)
+    os.environ.pop("WANDB_MODE", None)  # set for the processes that a run starts
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from helpers import quiet_trainer
 from lit_basics import UserError
 from lit_basics.checkpoint_files import load_checked
 from lit_basics.cli import main
-from lit_basics.errors import own_frames
 from lit_basics.run_files import has_stepped
-from lit_basics.weights import is_restoring
+from lit_basics.tracebacks import is_restoring, own_frames
 
 SMALL = (
     *("--data", "SyntheticCIFAR10", "--data.train_images", "100", "--data.test_images", "20"),

@@ -526,6 +526,10 @@ class Changes(LitLeNet5):
     def configure_optimizers(self):
         return super().configure_optimizers()
 
+class Named(Chooses):
+    def __init__(self, optimizer_name: str = "Adam", **kwargs):
+        super().__init__(**kwargs)
+
 class Untyped(LitLeNet5):
     def __init__(self, width, depth: int = 1, **kwargs):
         super().__init__(**kwargs)
@@ -603,6 +607,7 @@ def test_an_optimizer_that_has_no_effect_is_refused(words, own, tmp_path, capsys
     run = fit(*SMALL, "--model", f"{own}.Chooses")
     assert main(["fit", "--resume", str(run), "--trainer.max_epochs", "2"]) == 0  # config.yaml has one, too
     fit(*SMALL, "--model", f"{own}.Changes", *words, run_dir="other")
+    fit(*SMALL, "--model", f"{own}.Named", "--model.optimizer_name", "Adam", run_dir="named")  # of its own
 
 
 def test_an_argument_without_a_type_is_needed_too(own, capsys):

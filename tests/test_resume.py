@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import random
 import shutil
 import subprocess
@@ -400,6 +401,19 @@ def test_what_is_null_now_is_a_change():
     with pytest.raises(UserError, match="--data None"):
         check_changes(saved, {**saved, "data": None})
     assert check_changes(saved, {**saved, "new_option": None}) == {}
+
+
+def test_an_argument_whose_name_begins_as_a_schedulers_is_not_one():
+    """As one of a scheduler it could not change even with ``reset``."""
+
+    def config(**arguments):
+        return {"model": {"class_path": "mine.M", "init_args": arguments}}
+
+    names = ("lr_decay", "lr_scheduler_gamma", "optimizer_name")
+    assert check_changes(config(**dict.fromkeys(names, 0.5)), config(**dict.fromkeys(names, 0.1)), reset=True) == {}
+    for name in ("lr_interval", "lr_monitor", "lr_scheduler"):
+        with pytest.raises(UserError, match=f"model.{name} b: the run to resume has a, which cannot change"):
+            check_changes(config(**{name: "a"}), config(**{name: "b"}), reset=True)
 
 
 def test_what_is_not_there_any_more_is_a_change():
@@ -952,7 +966,7 @@ def test_a_folder_of_runs_is_no_run(tmp_path, capsys):
         fit(*SMALL, "--trainer.max_epochs", "1", run_dir=Path("runs", name))
     capsys.readouterr()
     assert main(["fit", "--resume", "runs"]) == 2
-    assert "--resume runs: there are runs in it, and no checkpoint; the newest: --resume runs/second" in (
+    assert "--resume runs: there are runs in it, no checkpoint; the newest: --resume runs/second" in (
         capsys.readouterr().err
     )
     assert main(["test", "runs/first"]) == 2
@@ -981,6 +995,7 @@ def test_a_process_of_another_rank_takes_the_run_of_rank_0(tmp_path, monkeypatch
     """Another run of the recipe may have saved since."""
     for name in ("first", "second"):
         fit(*SMALL, "--trainer.max_epochs", "1", run_dir=Path("runs", "quickstart", name))
+    assert "LIT_BASICS_RUN_DIR" not in os.environ  # processes of a torchrun that this one starts would take it
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LIT_BASICS_RUN_DIR", str(Path("runs", "quickstart", "first").resolve()))
     found = []

@@ -131,8 +131,7 @@ def test_a_wandb_run_of_a_typed_id_goes_on(monkeypatch, words, environment, resu
         monkeypatch.setenv(name, value)
     wandb.teardown()  # it has read the environment of the tests before
     config = Config([*WORDS[:2], "--config", "wandb", "--trainer.logger.id", "abc", *words])
-    config.prepare_loggers(Path("run"))
-    config.build()
+    config.build(Path("run"))
     (logger,) = config.trainer_arguments["logger"]
     try:
         assert (logger.experiment.id, logger.experiment.settings.resume) == ("abc", resume)

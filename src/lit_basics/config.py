@@ -3,13 +3,11 @@
 LightningCLI builds the parser; this adds the recipes' names, the options of a run, and short messages.
 """
 
-import difflib
 import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 import lit_basics
 from lit_basics.config_errors import short_message
-from lit_basics.errors import UserError, first_line, nearest, root_cause, where
+from lit_basics.config_files import check_size, named_configs
+from lit_basics.errors import UserError, first_line, nearest, shortened
 from lit_basics.imports import FLAG, check_functions, class_defaults, import_policy, untyped_arguments
-from lit_basics.recipes import all_names, recipe_path
-from lit_basics.words import CONFIG_FLAGS, config_names, taken
+from lit_basics.tracebacks import root_cause, where
+from lit_basics.words import config_names, taken
 
 RUN_KEYS = ("run_dir", "ckpt_path", "resume", "resume_reset")
 """Options of one run, which its config.yaml does not carry."""
-MANY_VALUES = 10_000
-MAX_DEPTH = 50
-"""How large a config may be, its aliases written out."""
 PRINT = "--print_config"
 UNSERIALIZABLE = "Unable to serialize instance"
 """How jsonargparse dumps what it cannot, such as a ``torch.device``."""
@@ -121,10 +117,9 @@ class Config(LightningCLI):
             try:
                 self.config = parser.parse_args(args)
                 check_functions(self.config)
-                for name in RUN_KEYS:
+                for name in ("run_dir", "resume", "resume_reset"):
                     # the run's directory is found before the configuration is read
-                    typed = any(word.partition("=")[0] == f"--{name}" for word in args)
-                    if name != "ckpt_path" and self.config[name] and not typed:
+                    if self.config[name] and name not in self.typed:
                         raise UserError(f"{name} is typed, never part of a config: --{name} {self.config[name]}")
                 seed = self.config.seed_everything
                 if type(seed) is int and not 0 <= seed < 2**32:
@@ -145,35 +140,22 @@ class Config(LightningCLI):
             except RecursionError as error:
                 raise UserError("the configuration is nested too deeply, or contains itself") from error
             except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
-                raise UserError(short_message(str(error), self.parser, args)) from error
+                raise UserError(shortened(short_message(str(error), self.parser, args))) from error
 
     def instantiate_classes(self) -> None:
         """Leave this to :meth:`build`: the run's directory is decided in between."""
-        self.resolved = self.config
 
-    def prepare_loggers(self, directory: Path) -> None:
-        """Keep the loggers' files in the run's directory, and let W&B go on in a run of a typed id.
+    def build(self, directory: Path | None = None) -> None:
+        """Make ``model``, ``datamodule`` and the arguments of the Trainer.
 
-        In a copy, which only :meth:`build` uses: config.yaml is to hold what was asked for.
+        Args:
+            directory: The run's, which keeps the files of its loggers.
         """
-        self.resolved = self.config.clone()
-        loggers = self.resolved.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            if not isinstance(logger, jsonargparse.Namespace) or "init_args" not in logger:
-                continue
-            arguments = logger.init_args
-            if "save_dir" in arguments and arguments.save_dir in (None, "."):
-                arguments.save_dir = str(directory)
-            # jsonargparse passes the defaults of wandb.init, which would undo the WandbLogger's own "allow"
-            ways = ("resume", "resume_from", "fork_from")
-            if "WANDB_RESUME" not in os.environ and all(arguments.get(way, "") is None for way in ways):
-                arguments.resume = "allow"
-
-    def build(self) -> None:
-        """Make ``model``, ``datamodule`` and the arguments of the Trainer."""
         try:
             with import_policy(self._allowed):
-                resolved = self.resolved.clone()
+                resolved = self.config.clone()  # config.yaml is to hold what was asked for
+                if directory is not None:
+                    place_loggers(resolved.trainer.logger, directory)
                 use_torchruns_processes(resolved.trainer)
                 resolved.trainer.logger = without_missing(resolved.trainer.logger)
                 objects = self.parser.instantiate(resolved)
@@ -396,6 +378,20 @@ def use_torchruns_processes(settings: jsonargparse.Namespace) -> None:
         settings.strategy = "ddp"
 
 
+def place_loggers(loggers: Any, directory: Path) -> None:
+    """Keep the loggers' files in the run's directory, and let W&B go on in a run of a typed id."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if not isinstance(logger, jsonargparse.Namespace) or "init_args" not in logger:
+            continue
+        arguments = logger.init_args
+        if "save_dir" in arguments and arguments.save_dir in (None, "."):
+            arguments.save_dir = str(directory)
+        # jsonargparse passes the defaults of wandb.init, which would undo the WandbLogger's own "allow"
+        ways = ("resume", "resume_from", "fork_from")
+        if "WANDB_RESUME" not in os.environ and all(arguments.get(way, "") is None for way in ways):
+            arguments.resume = "allow"
+
+
 def without_missing(loggers: Any) -> Any:
     """Return the configured loggers without those whose package is not installed; each is told of on stderr."""
     parser = jsonargparse.ArgumentParser()
@@ -416,73 +412,3 @@ def without_missing(loggers: Any) -> Any:
                     continue
         kept.append(logger)
     return kept if isinstance(loggers, list) else next(iter(kept), False)
-
-
-def named_configs(args: list[str]) -> list[str]:
-    """Return ``args`` with each ``--config NAME`` replaced by the recipe's path, each path checked.
-
-    Raises:
-        UserError: If a recipe or a file does not exist or is not YAML text with keys.
-    """
-    words: list[str] = []
-    for word in args:
-        name, equals, value = word.partition("=")
-        if words and words[-1] in CONFIG_FLAGS:
-            word = str(config_path(word))
-        elif equals and name in CONFIG_FLAGS:
-            word = f"{name}={config_path(value)}"
-        words.append(word)
-    return words
-
-
-def config_path(name: str) -> Path:
-    """Return the file that ``--config name`` means: a path, or the name of a recipe or an overlay.
-
-    Raises:
-        UserError: If there is no such file or recipe, or it is not a YAML mapping.
-    """
-    if not name:
-        raise UserError("--config needs a value")
-    path = Path(os.path.expanduser(name))
-    is_path = path.suffix or os.sep in name or (path.exists() and name not in all_names())
-    if not is_path:
-        path = recipe_path(name)
-    elif not path.is_file():
-        other = "is a pipe or a device; save it to a file first" if path.exists() else "does not exist"
-        what = "is a folder" if path.is_dir() else other
-        close = difflib.get_close_matches(name, [str(file) for file in path.parent.glob("*.y*ml")], n=1)
-        close = close or difflib.get_close_matches(path.stem, all_names(), n=1)
-        raise UserError(f"--config {name}: the file {what}{f'; did you mean {close[0]!r}?' if close else ''}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        plain = type(error) is ValueError  # of a date that is none, or an integer of thousands of digits
-        reason = getattr(error, "problem", None) or (first_line(error) if plain else type(error).__name__)
-        raise UserError(f"--config {name}: not a YAML text file{where} ({reason})") from error
-    check_size(content, f"--config {name}")
-    if not isinstance(content, dict):
-        what = "is empty" if content is None else f"holds a {type(content).__name__}, not keys and values"
-        raise UserError(f"--config {name}: the file {what}")
-    return path
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return what a run's ``config.yaml`` holds."""
-    return dict(yaml.safe_load(config_path(str(path)).read_text(encoding="utf-8")))
-
-
-def check_size(content: Any, name: str) -> None:
-    """Refuse the content of a file that is too large with its aliases written out."""
-    if sum(1 for _ in zip(_values(content), range(MANY_VALUES + 1), strict=False)) > MANY_VALUES:
-        raise UserError(f"{name}: the file holds more than {MANY_VALUES} values, or one that contains itself")
-
-
-def _values(content: Any, depth: int = 0) -> Iterator[None]:
-    """Yield once for each value, as often as an alias repeats it; a few lines of YAML can stand for millions."""
-    yield
-    if depth > MAX_DEPTH:
-        raise UserError(f"a config is nested more than {MAX_DEPTH} deep, or contains itself")
-    for inner in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        yield from _values(inner, depth + 1)

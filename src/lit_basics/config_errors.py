@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import lit_basics
-from lit_basics.errors import nearest, shortened
-from lit_basics.imports import FLAG, class_defaults, is_there, own_modules
+from lit_basics.errors import nearest
+from lit_basics.imports import FLAG, class_defaults, own_modules
 from lit_basics.recipes import all_names
 from lit_basics.words import config_names
 
@@ -71,11 +72,7 @@ class _Problem:
 
 
 def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
-    """Return ``message``, an error of ``parser`` at ``args``, in a line or two."""
-    return shortened(_in_our_words(message, parser, args))
-
-
-def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[str]) -> str:
+    """Return ``message``, an error of ``parser`` at ``args``, in our words."""
     problem = _read(message)
     key, reason = problem.key, problem.reasons[0] if problem.reasons else message.strip()
     place = _place(key, args)
@@ -90,7 +87,7 @@ def _in_our_words(message: str, parser: jsonargparse.ArgumentParser, args: list[
             "directory)"
         )
         theirs = match[2] != "*" or package in ("torch", "torchvision", "builtins")
-        if not theirs and not is_there(package):
+        if not theirs and find_spec(package) is None:
             close = nearest(package, own_modules()) or "; python -m lit_basics finds those in the working directory"
             return f"{key}: there is no module {package} for {match[1]}{place}{close}"
         return f"{key}: a config may not name {match[1]}{place}{'' if theirs else hint}"
@@ -324,12 +321,11 @@ def _parameters(class_path: str) -> list[str]:
 def _classes(key: str) -> Iterable[str]:
     """Return the short names of the classes that ``key`` is likely to take."""
     last = key.rpartition(".")[2]
-    optimizers = dict.fromkeys(("optimizer", "matrices", "rest"), Optimizer)
     bases: dict[str, type] = {
         "model": pl.LightningModule,
         "data": pl.LightningDataModule,
         "callbacks": pl.Callback,
-        **optimizers,
+        **dict.fromkeys(("optimizer", "matrices", "rest"), Optimizer),
     }
     if last in bases:
         ours = {name: getattr(lit_basics, name) for name in lit_basics.__all__}

@@ -1,10 +1,7 @@
 """The one exception that means "the user's input is wrong": a message, exit code 2 and no traceback."""
 
 import difflib
-import sysconfig
-import traceback
 from collections.abc import Iterable
-from pathlib import Path
 
 
 class UserError(ValueError):
@@ -56,24 +53,3 @@ def first_line(error: BaseException) -> str:
     ('no', 'MemoryError')
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Return the exception that the others were raised from."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Return the frames of an exception's traceback that are of the user's own code, the innermost last."""
-    libraries = ("site-packages", "dist-packages", str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
-    frames = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in frames if not any(library in frame.filename for library in libraries)]
-
-
-def where(error: BaseException) -> str:
-    """Return an exception's kind, the innermost line of the user's own code it came from, and its message."""
-    frames, own = traceback.extract_tb(error.__traceback__), own_frames(error)
-    place = f" at {Path((own or frames)[-1].filename).name}:{(own or frames)[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}: {first_line(error) if str(error) else 'no message'}"

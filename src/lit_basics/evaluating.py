@@ -1,6 +1,5 @@
 """``validate``, ``test`` and ``predict``: a run's weights on its data."""
 
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_basics.config import Config, read_config
-from lit_basics.errors import UserError, first_line, own_frames, shortened
-from lit_basics.files import local_path, replace_file
+from lit_basics.config import Config
+from lit_basics.config_files import read_config
+from lit_basics.errors import UserError
+from lit_basics.files import replace_file
 from lit_basics.run_directory import check_writable
+from lit_basics.tracebacks import check_data_fits, is_restoring
 from lit_basics.trainers import new_trainer, with_durable_checkpoints, with_progress_bar
-from lit_basics.weights import is_restoring, load_weights, of_another_model
+from lit_basics.weights import checkpoint_path, load_weights, of_another_model
 from lit_basics.words import config_names, option, path_option
 
 
@@ -75,17 +76,6 @@ def evaluate(command: str, args: list[str]) -> None:
             print(f"{name} {value:.6g}")
 
 
-def check_data_fits(model: pl.LightningModule, error: Exception, command: str) -> None:
-    """Raise a UserError in the place of torch's, where a model of ours does not take the data that it was given."""
-    ours = type(model).__module__.startswith("lit_basics.")
-    # not what a DataLoader's worker met, another process that is gone, or a driver
-    given = {"compute_loss", "_evaluate", "predict_step"} & {f.name for f in traceback.extract_tb(error.__traceback__)}
-    kinds = (RuntimeError, TypeError, OverflowError, MemoryError)
-    if ours and given and type(error) in kinds and not own_frames(error):
-        reason = shortened(first_line(error))
-        raise UserError(f"{type(model).__name__} cannot {command} on this data: {reason}") from error
-
-
 class _EndsOnSigterm(pl.Callback):
     """Ends a prediction after SIGTERM: Lightning notes the signal, and looks at its note in the other loops only."""
 
@@ -118,22 +108,3 @@ def _predict(trainer: pl.Trainer, model: pl.LightningModule, known: dict[str, An
     with replace_file(directory / "predictions.npz") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     print(f"predictions: {directory / 'predictions.npz'}")
-
-
-def checkpoint_path(chosen: str | None, directory: str | None) -> Path:
-    """Return the file that ``--ckpt_path`` means: a path, or ``best`` or ``last`` of a run's directory.
-
-    Raises:
-        UserError: If there is none.
-    """
-    if chosen in (None, "best", "last"):
-        if directory is None:
-            raise UserError("which weights? Name a run by --run_dir D or a checkpoint by --ckpt_path P")
-        path = Path(directory) / "checkpoints" / f"{chosen or 'best'}.ckpt"
-    else:
-        path = local_path(str(chosen))
-    if not path.is_file():
-        last = path.name == "best.ckpt" and path.with_name("last.ckpt").is_file()
-        other = "; --ckpt_path last takes the newest" if last else ""
-        raise UserError(f"there is no checkpoint {path}{other}")
-    return path

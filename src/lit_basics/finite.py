@@ -11,7 +11,7 @@ _ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 
 def norms_of(tensors: Iterable[Tensor]) -> Tensor:
     """Return the norm of each tensor, without a host sync. In float64 no float32 tensor's norm overflows."""
-    plain = _plain(tensors)
+    plain = plain_parts(tensors)
     if not plain:
         return torch.zeros(0)
     device = plain[0].device
@@ -19,36 +19,33 @@ def norms_of(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([norm.to(device) for norm in norms])
 
 
-def are_finite(tensors: Iterable[Tensor], found: Tensor | None = None) -> bool:
+def are_finite(tensors: Iterable[Tensor], quickly: bool = False) -> bool:
     """Return whether all tensors are finite; False may be wrong for numbers beyond 1e154.
 
     Args:
         tensors: Tensors of any kind.
-        found: float32 0 of shape (1,) on the CPU, to work with; it is 0 again afterwards. If given, those on the
-            CPU are looked at in the quickest way, which writes each number as it is.
+        quickly: Whether those on the CPU are looked at in the quickest way, which writes each number as it is.
     """
-    plain = _plain(tensors)
-    if found is None or not plain or not all(value.is_cpu for value in plain):
+    plain = plain_parts(tensors)
+    if not quickly or not plain or not all(value.is_cpu for value in plain):
         return bool(torch.isfinite(norms_of(plain)).all())
     # the GradScaler's kernel: a third of the time of the norms
+    found = torch.zeros(1, dtype=torch.float32, device="cpu")
     torch._amp_foreach_non_finite_check_and_unscale_(plain, found, _ONE)
-    finite = not found.item()
-    if not finite:
-        found.zero_()
-    return finite
+    return not found.item()
 
 
 def is_finite(value: Tensor | None) -> bool:
     """Return whether all numbers of a tensor are finite; a gradient that is not there has none."""
-    return value is None or all(bool(torch.isfinite(part).all()) for part in _plain([value]))
+    return value is None or all(bool(torch.isfinite(part).all()) for part in plain_parts([value]))
 
 
 def holds(value: Tensor, what: Callable[[Tensor], Tensor]) -> bool:
     """Return whether ``what``, such as ``torch.isnan``, is true of a number of a tensor."""
-    return any(bool(what(part).any()) for part in _plain([value]))
+    return any(bool(what(part).any()) for part in plain_parts([value]))
 
 
-def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
+def plain_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return floating-point tensors as dense, local, real ones; the others hold nothing non-finite."""
     plain = []
     for value in tensors:

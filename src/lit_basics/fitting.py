@@ -3,24 +3,21 @@
 import contextlib
 import signal
 import sys
-import traceback
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.callbacks.best_loss import BestLossCheckpoint
 from lit_basics.callbacks.non_finite import NonFiniteError
 from lit_basics.callbacks.preemption import Preempted
-from lit_basics.config import PRINT, Config, read_config, written_keys
+from lit_basics.config import PRINT, Config, written_keys
+from lit_basics.config_files import read_config
 from lit_basics.errors import UserError, first_line
-from lit_basics.evaluating import check_data_fits, checkpoint_path
 from lit_basics.launching import let_launcher_leave
 from lit_basics.recipes import recipe_names
 from lit_basics.resuming import (
@@ -39,11 +36,13 @@ from lit_basics.run_directory import (
     new_run_directory,
     remove_traces,
     share,
+    unshare,
 )
 from lit_basics.run_files import has_stepped, has_trained
 from lit_basics.soft_loggers import finish_wandb
+from lit_basics.tracebacks import check_data_fits, is_restoring
 from lit_basics.trainers import make_trainer
-from lit_basics.weights import is_restoring, load_weights
+from lit_basics.weights import checkpoint_path, load_weights
 from lit_basics.words import CONFIG_FLAGS, config_names, option, path_option, taken
 
 
@@ -52,6 +51,7 @@ def fit(args: list[str]) -> None:
     resume, run_dir = path_option(args, "--resume"), path_option(args, "--run_dir") or launched_directory()
     found = find_run(resume, run_dir, run_name(args)) if resume else None
     with contextlib.ExitStack() as stack:
+        stack.callback(unshare)
         place = found[0] if found else Path(run_dir or "")
         waits = resume and (found or (run_dir and place.is_dir()))
         if resume and waits and stack.enter_context(held(place, PATIENCE)):
@@ -99,11 +99,12 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
         raise SystemExit(1) from error
     except Exception as error:
         failed = True
-        if config.config.ckpt_path and _was_restoring(trainer, error):
+        stepped = trainer is not None and has_stepped(trainer)
+        if config.config.ckpt_path and trainer is not None and not stepped and is_restoring(error):
             reason = f"{type(error).__name__}: {first_line(error)[:150]}"
             path = config.config.ckpt_path
             raise UserError(f"{path} lacks a part of a run's state, or it does not fit: {reason}") from error
-        if trainer is None or not has_stepped(trainer):
+        if not stepped:
             remove_traces(made)
             if trainer is not None:
                 check_data_fits(config.model, error, "train")
@@ -122,8 +123,7 @@ def _fit(config: Config, directory: Path, made: list[Path]) -> None:
 
 def _made(config: Config, directory: Path) -> pl.Trainer:
     """Make the objects of a configuration, look at its checkpoint, and return the Trainer."""
-    config.prepare_loggers(directory)
-    config.build()
+    config.build(directory)
     config.check_data()
     ckpt_path = config.config.ckpt_path
     if ckpt_path:
@@ -145,16 +145,6 @@ def _why_nothing_was_left(trainer: pl.Trainer) -> str:
         return f"max_time is used up at step {trainer.global_step}; {longer}"
     longer = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
     return f"the run is complete at step {trainer.global_step}; --trainer.{longer} makes it longer"
-
-
-def _was_restoring(trainer: pl.Trainer | None, error: Exception) -> bool:
-    """Return whether an error came while a state was given back: not from the user's own hook, or a later step."""
-    known = isinstance(error, (UserError, OSError, MisconfigurationException, torch.cuda.OutOfMemoryError))
-    if known or trainer is None or has_stepped(trainer):
-        return False
-    ours = Path(__file__).parent  # our callbacks give states back when training starts
-    frames = traceback.extract_tb(error.__traceback__)
-    return is_restoring(error) or any(f.name == "on_train_start" and ours in Path(f.filename).parents for f in frames)
 
 
 def _after_non_finite(directory: Path) -> str:

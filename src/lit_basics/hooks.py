@@ -34,7 +34,7 @@ from lit_basics.execution import (
 )
 from lit_basics.loaders import check_shared_out, load_loaders, states_of_loaders
 from lit_basics.recording import NEVER, FlushesRows, recorder_of, steps_between_rows
-from lit_basics.steps import accumulating, validates_after
+from lit_basics.steps import accumulating, validation_follows
 
 if TYPE_CHECKING:
     from lit_basics.modules import LitSupervised
@@ -357,17 +357,6 @@ class ComesFirst(pl.Callback):
         self._hooks._put_settings_back(trainer)
         if self._hooks._several:
             put_between(self._hooks.module)
-
-
-def validation_follows(trainer: pl.Trainer) -> bool:
-    """Return whether Lightning validates after this batch, which is at its end."""
-    batches, every, loop = trainer.num_val_batches, trainer.check_val_every_n_epoch, trainer.fit_loop
-    return (
-        trainer.enable_validation
-        and (sum(batches) > 0 or not batches)  # none are known before the first validation
-        and (every is None or (1 + trainer.current_epoch) % every == 0)
-        and validates_after(trainer, 1 + loop.batch_idx, 1 + loop.total_batch_idx)
-    )
 
 
 def hook_and_clip(module: LitSupervised, optimizer: torch.optim.Optimizer) -> None:

@@ -134,14 +134,6 @@ def untyped_arguments(class_path: str) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.annotation is p.empty]
 
 
-def is_there(module: str) -> bool:
-    """Return whether there is a module of this name, which has no dot; it is not imported."""
-    try:
-        return find_spec(module) is not None
-    except ValueError:  # of __main__
-        return True
-
-
 def _check_function(target: Any, path: str, key: str) -> None:
     if not inspect.isroutine(target):
         return

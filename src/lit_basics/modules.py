@@ -21,12 +21,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_basics import nets
 from lit_basics.data.arrays import no_batches
-from lit_basics.errors import UserError, own_frames
+from lit_basics.errors import UserError
 from lit_basics.execution import only_optimizer, step_schedulers_of_batch
 from lit_basics.hooks import TrainingHooks
 from lit_basics.optim import LeanSGD, LRSchedulerCallable, OptimizerCallable
 from lit_basics.recording import recorder_of, steps_between_rows
 from lit_basics.steps import accumulating
+from lit_basics.tracebacks import own_frames
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """Modes of torch.compile."""

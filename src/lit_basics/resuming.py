@@ -1,5 +1,6 @@
 """``--resume``: which run goes on, from which checkpoint, and what may differ from the saved configuration."""
 
+import re
 from collections.abc import Collection, Container, Iterable
 from pathlib import Path
 from shlex import quote
@@ -25,7 +26,9 @@ CHANGEABLE = (
 PATHS = ("data.init_args.path", "data.init_args.data_dir", "data.init_args.mirrors", "data.init_args.timeout")
 OPTIMIZER_CLASS, SCHEDULER_CLASS = "model.init_args.optimizer.", "model.init_args.lr_scheduler."
 OPTIMIZER = f"{OPTIMIZER_CLASS}init_args."
-RESTORED = (OPTIMIZER_CLASS, "model.init_args.lr_", "model.init_args.automatic_optimization")
+RESTORED = re.compile(
+    r"model\.init_args\.(optimizer\.|lr_scheduler(\.|$)|(lr_interval|lr_monitor|automatic_optimization)$)"
+)
 """What the checkpoint's state belongs to, so that no other can take it."""
 CONFIG = "config_yaml"
 """The key of a checkpoint under which the run's configuration lies."""
@@ -69,12 +72,12 @@ def find_run(resume: str, run_dir: str | None, name: str) -> tuple[Path, Path] |
     path = Path(resume)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     best = checkpoint.with_name("best.ckpt")
-    if path.is_dir() and is_there(best) and not is_there(checkpoint):
-        raise UserError(f"there is no checkpoint {checkpoint}; to go on from the best: --resume {quote(str(best))}")
-    runs = sorted(path.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if path.is_dir() and not is_there(checkpoint) and runs:
-        newest = quote(str(runs[-1].parent.parent))
-        raise UserError(f"--resume {resume}: there are runs in it, and no checkpoint; the newest: --resume {newest}")
+    if path.is_dir() and not is_there(checkpoint):
+        if is_there(best):
+            raise UserError(f"there is no checkpoint {checkpoint}; to go on from the best: --resume {quote(str(best))}")
+        if runs := list(path.glob("*/checkpoints/last.ckpt")):
+            newest = quote(str(max(runs, key=lambda file: file.stat().st_mtime).parent.parent))
+            raise UserError(f"--resume {resume}: there are runs in it, no checkpoint; the newest: --resume {newest}")
     load_checked(checkpoint)
     own = path if path.is_dir() else checkpoint.absolute().parent.parent
     if run_dir and own.resolve() != Path(run_dir).resolve() and (own / "config.yaml").is_file():
@@ -142,7 +145,7 @@ def check_changes(
         was = f"--{short} {value}: the run to resume has {old}"
         if key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER):
             arguments[key.removeprefix(OPTIMIZER)] = value
-        elif key.startswith(RESTORED):
+        elif RESTORED.match(key):
             raise UserError(f"{was}, which cannot change with its saved state; start a new run")
         elif not key.startswith(CHANGEABLE) and key not in PATHS and not reset:
             raise UserError(

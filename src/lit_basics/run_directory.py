@@ -39,9 +39,6 @@ def new_run_directory(chosen: str | None, name: str, may_exist: bool = False) ->
     Raises:
         UserError: If the chosen one holds a run, or none can be made.
     """
-    launched = launched_directory()
-    if launched is not None:
-        return Path(launched), []
     directory = Path(chosen) if chosen else Path("runs") / name / time.strftime("%Y-%m-%d_%H-%M-%S")
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return directory, []
@@ -150,6 +147,12 @@ def _not_writable(directory: Path, error: OSError, advice: str) -> UserError:
 def share(directory: Path) -> None:
     """Tell the processes that Lightning starts which directory is theirs."""
     os.environ[_RUN_DIR] = str(directory.resolve())
+
+
+def unshare() -> None:
+    """Forget it: what this process starts after the run, such as torchrun, has a run of its own."""
+    if launched_directory() is None:
+        os.environ.pop(_RUN_DIR, None)
 
 
 def remove_traces(made: list[Path]) -> None:

@@ -1,5 +1,6 @@
 """What a run writes of itself: its configuration, and where its rows and its checkpoints begin."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def check_hyperparameters(owner: pl.LightningModule | pl.LightningDataModule) ->
 
 def check_optimizer(module: pl.LightningModule, config: Config) -> None:
     """Refuse an optimizer or a scheduler that was typed for a module that makes others."""
-    typed = next((key for key in config.typed if key.startswith(("model.optimizer", "model.lr_scheduler"))), None)
+    typed = next((key for key in config.typed if re.match(r"model\.(optimizer|lr_scheduler)(\.|$)", key)), None)
     if isinstance(module, LitSupervised) and not module._made_optimizer and typed:
         name = type(module).__name__
         raise UserError(f"--{typed} has no effect: {name}.configure_optimizers makes others; leave it out")

@@ -46,12 +46,10 @@ def _is_user_error(error: Exception) -> bool:
         r"Target .* is out of bounds",
         r"Early stopping conditioned on metric",
         r"Tried to step \d+ times",  # a OneCycleLR of fewer steps
-        r"No supported gpu",
         r"must be less than or equal to the number of the training batches",
         r"You have set `accumulate_grad_batches` and are using",
         r"is missing the required \"forward\" function",
         r"parameters that were not used in producing the loss",
-        r"Found more than one stateful callback",
         r"can.t allocate memory|not enough memory",
         r"is not installed|pip install",
         r"When using the learning rate finder",

@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from lit_basics.errors import first_line, root_cause
+from lit_basics.errors import first_line
+from lit_basics.tracebacks import root_cause
 
 AnyLogger = TypeVar("AnyLogger", bound=Logger)
 
@@ -208,10 +209,8 @@ def _wandb_folder() -> Path | None:
 
 def _check_room(folder: Path) -> None:
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            written = file.write(bytes(_ROOM))
-        if written < _ROOM:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_ROOM))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

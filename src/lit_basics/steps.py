@@ -51,3 +51,14 @@ def validates_after(trainer: pl.Trainer, number: int, total: int) -> bool:
     check = trainer.val_check_batch
     done = total if trainer.check_val_every_n_epoch is None else number
     return check is not None and math.isfinite(check) and done % int(check) == 0
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning validates after this batch, which is at its end."""
+    batches, every, loop = trainer.num_val_batches, trainer.check_val_every_n_epoch, trainer.fit_loop
+    return (
+        trainer.enable_validation
+        and (sum(batches) > 0 or not batches)  # none are known before the first validation
+        and (every is None or (1 + trainer.current_epoch) % every == 0)
+        and validates_after(trainer, 1 + loop.batch_idx, 1 + loop.total_batch_idx)
+    )

@@ -93,9 +93,7 @@ def with_guard(config: Config, callbacks: list[pl.Callback]) -> list[pl.Callback
 class _NoProfiler(PassThroughProfiler):
     """Profiles nothing, in a context that is made once and not for each call of each callback."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._nothing = contextlib.nullcontext()
+    _nothing = contextlib.nullcontext()
 
     def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
         return self._nothing

@@ -1,16 +1,34 @@
-"""A checkpoint's weights in a module, and what to say where they do not fit."""
+"""A checkpoint's weights: where they lie, in a module, and what to say where they do not fit."""
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_basics.checkpoint_files import load_checked
 from lit_basics.data.arrays import MEAN, STD, ArrayDataModule
 from lit_basics.errors import UserError
+from lit_basics.files import local_path
+
+
+def checkpoint_path(chosen: str | None, directory: str | None) -> Path:
+    """Return the file that ``--ckpt_path`` means: a path, or ``best`` or ``last`` of a run's directory.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if chosen in (None, "best", "last"):
+        if directory is None:
+            raise UserError("which weights? Name a run by --run_dir D or a checkpoint by --ckpt_path P")
+        path = Path(directory) / "checkpoints" / f"{chosen or 'best'}.ckpt"
+    else:
+        path = local_path(str(chosen))
+    if not path.is_file():
+        last = path.name == "best.ckpt" and path.with_name("last.ckpt").is_file()
+        other = "; --ckpt_path last takes the newest" if last else ""
+        raise UserError(f"there is no checkpoint {path}{other}")
+    return path
 
 
 def load_weights(model: pl.LightningModule, path: Path, data: Any = None) -> bool:
@@ -40,16 +58,6 @@ def load_weights(model: pl.LightningModule, path: Path, data: Any = None) -> boo
     except (RuntimeError, TypeError, AttributeError) as error:
         raise of_another_model(path, model, error) from error
     return True
-
-
-def is_restoring(error: Exception) -> bool:
-    """Return whether an error came from within the functions of Lightning that give a state back."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return False  # of a GPU that another program fills
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(
-        f.name in ("_restore_modules_and_callbacks", "restore_training_state", "load_state_dict") for f in frames
-    )
 
 
 def of_another_model(path: Path, model: pl.LightningModule, error: Exception) -> UserError:

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Rows, assert_equal, fit, metrics, quiet_trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -421,8 +422,11 @@ def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     in_a_project(LastCheckpoint(str(tmp_path))).fit(LitBlitzNet(), data)  # the first start was killed before it saved
     saver = LastCheckpoint(str(tmp_path))
-    with pytest.raises(UserError, match=r"was requeued, but would begin anew and write over .*last.ckpt"):
+    with pytest.raises(UserError, match=r"was requeued, but would begin anew beside .*last.ckpt"):
         in_a_project(saver).fit(LitBlitzNet(), data)
+    search = LearningRateFinder(num_training_steps=3, update_attr=False)  # leaves its own ckpt_path
+    with pytest.raises(UserError, match=r"was requeued"):
+        quiet_trainer(search, Preemption(saver), saver, enable_checkpointing=True).fit(LitBlitzNet(), data)
     more = in_a_project(saver, max_epochs=2)
     more.fit(LitBlitzNet(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert more.current_epoch == 2

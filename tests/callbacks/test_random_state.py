@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import SaveEverywhere, assert_equal, quiet_trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
@@ -84,6 +84,23 @@ def test_so_it_does_by_the_module_alone(mode, tmp_path):
         resumed = Cycled(0.0, **mode)
         quiet_trainer(max_epochs=2).fit(resumed, images(), ckpt_path=tmp_path / f"{number:03}.ckpt", weights_only=True)
         assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_an_epoch_saved_without_random_states_is_not_ended_twice(tmp_path):
+    """Lightning would end it a second time, and leave one out."""
+
+    def train(*callbacks, checkpoint=None):
+        torch.manual_seed(0)
+        module = LitClassifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+        fitted = quiet_trainer(*callbacks, enable_checkpointing=checkpoint is None, max_epochs=5, max_steps=16)
+        fitted.fit(module, images(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        return module.state_dict(), fitted.global_step, fitted.current_epoch
+
+    whole = train(ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1))
+    resumed = train(RandomState(), checkpoint=tmp_path / "epoch=0.ckpt")
+    assert_equal(resumed[0], whole[0])
+    assert resumed[1:] == whole[1:]
 
 
 @pytest.mark.parametrize("first", [True, False])

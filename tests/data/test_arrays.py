@@ -32,17 +32,6 @@ def ready(data):
     return data
 
 
-def test_batches_of_any_kind_are_moved():
-    """As a tuple of tensors each would be an image, or have no device."""
-    data, cpu, meta = Numbered(), torch.device("cpu"), torch.device("meta")
-    images = torch.zeros(4, 3, 8, 8)
-    for batch in (images, [images, images], (images, images)):
-        assert data.transfer_batch_to_device(batch, cpu, 0) is batch
-    assert data.transfer_batch_to_device(images, meta, 0).shape == images.shape
-    pair = data.transfer_batch_to_device({"a": (images, images), "b": [images]}, meta, 0)
-    assert (pair["a"][1].device, pair["b"][0].device) == (meta, meta)
-
-
 def test_a_random_transform_can_be_pickled():
     """As a local function it could not be sent to a process that is spawned."""
     with pytest.warns(UserWarning, match="applied image by image"):
@@ -218,6 +207,12 @@ def test_a_batch_is_augmented_by_the_documented_draws():
         flip, dy, dx, top, left = (torch.randint(low, high, (8,), generator=draws) for low, high in bounds)
         expected = cut_out(shift_and_flip(images[y], dy, dx, flip.bool()), top, left, 4)
         assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("val_size", [-1, 1.0, float("nan")])
+def test_a_split_that_cannot_be_is_refused(val_size):
+    with pytest.raises(UserError, match=f"val_size is {val_size}; it must be a fraction"):
+        SyntheticCIFAR10(val_size=val_size)
 
 
 @pytest.mark.parametrize("make", [SyntheticCIFAR10, lambda **flip: ArrayLoader(*[torch.zeros(4)] * 2, None, **flip)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_basics.callbacks.names import parameters_by_name
 from lit_basics.errors import UserError
+from lit_basics.finite import plain_parts
 from lit_basics.recording import FlushesRows, recorder_of
 
 
@@ -89,14 +90,13 @@ def gradient_norms(grads: Sequence[Tensor]) -> Tensor | list[float]:
     """Return the norm of all gradients together and of each, without a host sync.
 
     Args:
-        grads: n tensors of any shapes, dense or sparse.
+        grads: n tensors of any shapes, dense or sparse; of one that is sharded this process's part.
 
     Returns:
         On the CPU n + 1 numbers, which are there sooner than a tensor of them; elsewhere a tensor (n + 1,), float64
         if any gradient is, else float32.
     """
-    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-    dense = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in dense]
+    dense = plain_parts(grads)
     kinds = {grad.dtype for grad in dense}
     dtype = torch.float64 if torch.float64 in kinds else torch.float32
     # the kernel behind torch.nn.utils.get_total_norm, which returns only the total

@@ -61,12 +61,10 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic() - MIN_SECONDS
         self._asked_at = time.monotonic(), trainer.fit_loop.total_batch_idx
         self._ask_at = 0
-        begun = place(trainer) > (0, -1)
+        begun = trainer.fit_loop.total_batch_idx >= 0  # after a search for a learning rate, ckpt_path is the search's
         self._saved = place(trainer) if begun else None  # a resumed run that makes no step has nothing to save
         self._ended = None
-        # after a search for a learning rate ckpt_path is that of the search
-        anew = not trainer.ckpt_path or trainer.fit_loop.total_batch_idx < 0
-        self._begins = anew and not self.best_model_path and is_there(self.path)
+        self._begins = not begun and not self.best_model_path and is_there(self.path)
         if self._begins and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"this fit begins anew, and at its first save moves the {self.path.name} of another run to "

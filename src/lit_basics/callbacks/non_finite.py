@@ -98,7 +98,6 @@ class NonFiniteGuard(pl.Callback):
         if every_n_batches < 1:
             raise UserError(f"every_n_batches is {every_n_batches}; it must be at least 1")
         self.policy, self.budget, self.every_n_batches = policy, budget, every_n_batches
-        self._found = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._begin()
         skip_empty_hooks(self)
 
@@ -176,8 +175,7 @@ class NonFiniteGuard(pl.Callback):
             evaluated, self._evaluated = self._evaluated, (id(optimizer), number)
             healthy = all(math.isfinite(loss.item()) for loss in losses)
             if norm is None or not math.isfinite(norm):  # a norm may overflow where no gradient does
-                parameters = (p for group in optimizer.param_groups for p in group["params"])
-                healthy = healthy and are_finite(_gradients(parameters), self._found)
+                healthy = healthy and are_finite(_gradients(_with_gradients(optimizer)), True)
             if self._buffers:
                 healthy = healthy and are_finite(self._live_buffers(pl_module).values())
             if healthy and trainer.world_size == 1:
@@ -401,9 +399,7 @@ class NonFiniteGuard(pl.Callback):
     @torch.no_grad()
     def _drop_step(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         # an optimizer passes over what has no gradient, with its momentum and weight decay
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        optimizer.zero_grad()
         if self.policy == "rollback":
             self._undo = True  # once the optimizer and others of this batch have done with it
         _copy_back(pl_module.named_buffers(), self._buffers)
@@ -432,9 +428,7 @@ class NonFiniteGuard(pl.Callback):
         for optimizer, state in zip(trainer.optimizers, self._snapshot["optimizers"], strict=True):
             groups = optimizer.state_dict().get("param_groups", [])
             optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": groups})
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            optimizer.zero_grad()
         self._drop = accumulating(trainer)  # its first batches saw other weights
 
 

@@ -109,8 +109,9 @@ class Preemption(Checkpoint):
             UserError: If SLURM has started this job anew, and it does not go on from the state that is saved.
         """
         path, own = self._last.path, self._last.best_model_path  # of an earlier fit of this process
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not trainer.ckpt_path and not own and path.exists():
-            raise UserError(f"this job was requeued, but would begin anew and write over {path}: fit(ckpt_path={path})")
+        anew = trainer.fit_loop.total_batch_idx < 0  # a search for a learning rate leaves a ckpt_path of its own
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and anew and not own and path.exists():
+            raise UserError(f"this job was requeued, but would begin anew beside {path}: fit(ckpt_path={path})")
         self._signal, self._leaving, self._interrupted_at = 0, 0, float("inf")
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:

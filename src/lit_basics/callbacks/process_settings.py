@@ -34,8 +34,6 @@ class ProcessSettings(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set them."""
-        if self._undo:
-            return  # a Trainer whose last run failed half-way
         if self.onednn is not None:
             mkldnn: Any = torch.backends.mkldnn  # torch's stub does not know that it can be set
             before = mkldnn.enabled

@@ -34,7 +34,7 @@ class RandomState(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._loaded: list[dict[str, Any]] | None = None
+        self._loaded: dict[str, Any] | None = None
         self._loader_states: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -49,7 +49,7 @@ class RandomState(pl.Callback):
         own = generator_states(trainer.strategy.root_device)
         states = [own]
         # world_size stays after a training in processes that were spawned, and the processes do not
-        if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
             states = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(states, own)
         checkpoint["random_state"] = states
@@ -57,14 +57,15 @@ class RandomState(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the states until training starts: what comes before it draws too."""
+        """Keep this rank's state until training starts: what comes before it draws too."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._loaded = checkpoint.get("random_state")
+        states = checkpoint.get("random_state", [])
+        self._loaded = states[trainer.global_rank] if len(states) == trainer.world_size else None
         self._loader_states = states_of_loaders(checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore this rank's states after a resume, or seed by its rank.
+        """Restore this rank's state after a resume, or seed by its rank.
 
         Raises:
             UserError: If the training loader is not shared out over the processes.
@@ -82,21 +83,17 @@ class RandomState(pl.Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # public, but set dynamically
                 if isinstance(callback, GradientAccumulationScheduler):
                     callback.on_train_epoch_start(trainer)
-        # of those that share out the data: within a tensor-parallel group all draw the same
-        rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
-        if rank and (self._loaded is None or len(self._loaded) != trainer.world_size):
-            seed_by_rank(rank)
-        if self._loaded is None:
-            return
-        if len(self._loaded) == trainer.world_size:
-            state = self._loaded[trainer.global_rank]
+        state, self._loaded = self._loaded, None
+        if state is not None:
             self._restore_last(trainer.strategy, state)
             if state["threads"] != torch.get_num_threads():
                 rank_zero_warn(
                     f"the run had {state['threads']} threads, here are {torch.get_num_threads()}: sums may round "
                     f"differently; OMP_NUM_THREADS={state['threads']} gives the same"
                 )
-        self._loaded = None
+        # of those that share out the data: within a tensor-parallel group all draw the same
+        elif rank := (trainer.distributed_sampler_kwargs or {}).get("rank", 0):
+            seed_by_rank(rank)
         loop = trainer.fit_loop
         if loop.restarted_on_epoch_end:  # with max_steps only; without, Lightning itself begins the next epoch
             loop.epoch_progress.increment_completed()
@@ -114,18 +111,18 @@ class RandomState(pl.Callback):
         vars(strategy)["on_train_start"] = on_train_start
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the states if nothing was left to train: they are not those of the next fit."""
+        """Forget the state if nothing was left to train: it is not that of the next fit."""
         self._loaded, self._loader_states = None, []
         vars(trainer.strategy).pop("on_train_start", None)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Forget the states of a fit that failed before it trained."""
+        """Forget the state of a fit that failed before it trained."""
         self.on_fit_end(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore the states now if a ``Tuner``, whose searches end without the hooks above, has put them back."""
-        if self._loaded is not None and len(self._loaded) == trainer.world_size:
-            set_generator_states(self._loaded[trainer.global_rank], trainer.strategy.root_device)
+        """Restore the state now if a ``Tuner``, whose searches end without the hooks above, has put it back."""
+        if self._loaded is not None:
+            set_generator_states(self._loaded, trainer.strategy.root_device)
         self.on_fit_end(trainer, pl_module)
 
 

@@ -1,5 +1,6 @@
 """Parameters and gradients by value, for systems of a handful of numbers."""
 
+import itertools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,5 +73,4 @@ def _record(trainer: pl.Trainer, step: int, values: list[tuple[str, Tensor]]) ->
 def _keys(name: str, value: Tensor) -> list[str]:
     if not value.ndim:
         return [name]
-    index = torch.cartesian_prod(*(torch.arange(n) for n in value.shape)).view(-1, value.ndim)
-    return [f"{name}[{','.join(map(str, place))}]" for place in index.tolist()]
+    return [f"{name}[{','.join(map(str, place))}]" for place in itertools.product(*map(range, value.shape))]

@@ -12,8 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lit_basics.data.images import Normalize, cut_out, is_random, per_image, shift_and_flip
-from lit_basics.data.loader import processes
-from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator
+from lit_basics.data.order import EpochOrder, check_batch_size, check_seed, generator, processes
 from lit_basics.errors import UserError
 
 Transform = nn.Module | Callable[[Tensor], Any]
@@ -203,7 +202,7 @@ class ArrayDataModule(pl.LightningDataModule):
         check_batch_size(batch_size)
         check_seed(seed)
         check_flip(flip)
-        if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
+        if not val_size >= 0 or (isinstance(val_size, float) and val_size >= 1):
             raise UserError(f"val_size is {val_size}; it must be a fraction in [0, 1) or a number of images")
         for name, value in (("crop", crop), ("cutout", cutout)):
             if value < 0:
@@ -319,13 +318,6 @@ class ArrayDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> ArrayLoader:
         """Return the test batches."""
         return self.test_dataloader()
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the batch: as it is where the arrays live on ``device`` already."""
-        parts = batch if isinstance(batch, (list, tuple)) else [batch]
-        if all(isinstance(part, Tensor) and part.device == device for part in parts):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _loaded(self) -> ImageArrays:
         if self._arrays is None:

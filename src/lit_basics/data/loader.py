@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lit_basics.data.order import EpochOrder
+from lit_basics.data.order import EpochOrder, processes
 from lit_basics.errors import UserError
 
 Key = tuple[int, list[int]]
@@ -216,13 +216,6 @@ def seed_generators(seed: int, epoch: int, index: int) -> None:
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.default_generator.manual_seed(seeds[2])
-
-
-def processes() -> tuple[int, int]:
-    """Return this process's rank and the number of processes."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def check_dataset(dataset: Any) -> None:

@@ -207,5 +207,12 @@ def check_batch_size(batch_size: int) -> None:
 
 def check_seed(seed: int, name: str = "seed") -> None:
     """Refuse a seed that no generator takes."""
-    if seed < 0:
-        raise UserError(f"{name} is {seed}; it must be 0 or more")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"{name} is {seed}; it must be 0 or more, and less than 2^64")
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

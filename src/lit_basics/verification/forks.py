@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lit_basics.errors import where
+from lit_basics.tracebacks import where
 from lit_basics.verification.report import NotApplicable
 
 Work = Callable[[Callable[[int], None]], Any]

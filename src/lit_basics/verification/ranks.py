@@ -153,15 +153,7 @@ def joined(batches: list[Any]) -> Any:
 
 def uneven(batch: Any) -> bool:
     """Return whether the tensors of a batch differ in their first dimension: it is not the sample's in all."""
-    sizes = set()
-
-    def add(value: Tensor | PackedSequence) -> Tensor | PackedSequence:
-        if isinstance(value, Tensor) and value.ndim:
-            sizes.add(len(value))
-        return value
-
-    apply_to_collection(batch, (Tensor, PackedSequence), add)
-    return len(sizes) > 1
+    return len({len(value) for value in tensors_of(batch, (PackedSequence,))}) > 1
 
 
 def train_within(module: nn.Module, mode: bool = True) -> nn.Module:

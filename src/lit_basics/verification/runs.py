@@ -123,6 +123,7 @@ class Subject:
             "enable_model_summary": False,
             "default_root_dir": str(folder),
             "callbacks": [StopAfter(steps), *callbacks],
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
             "plugins": without(given.get("plugins", []), ClusterEnvironment),  # the ranks are two processes here
             **others,
         }
@@ -130,7 +131,6 @@ class Subject:
             self.model.compile_net = False  # it rounds differently
         configured = self.model.configure_callbacks
         self.model.configure_callbacks = lambda: without(configured(), *OUTPUT)  # type: ignore[method-assign]
-        settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
         return pl.Trainer(**settings)
 
     def fit(self, trainer: pl.Trainer, checkpoint: Path | None = None) -> None:

@@ -241,16 +241,16 @@ def digest(batch: Any) -> str:
     return total.hexdigest()
 
 
-def tensors_of(batch: Any) -> list[Tensor]:
-    """Return the tensors in a batch that have a first dimension."""
-    found: list[Tensor] = []
+def tensors_of(batch: Any, passed_over: tuple[type, ...] = ()) -> list[Tensor]:
+    """Return the tensors in a batch that have a first dimension, but for those in objects of some types."""
+    found: list[Any] = []
 
-    def add(value: Tensor) -> Tensor:
+    def add(value: Any) -> Any:
         found.append(value)
         return value
 
-    apply_to_collection(batch, Tensor, add)
-    return [value for value in found if value.ndim]
+    apply_to_collection(batch, (Tensor, *passed_over), add)
+    return [value for value in found if isinstance(value, Tensor) and value.ndim]
 
 
 def random_digest() -> str:
