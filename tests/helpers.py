@@ -1,17 +1,22 @@
 """What several tests need: a run by the command line, by the Trainer, and the weights after every step."""
 
 import csv
+import signal
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_basics.cli import main
 from lit_basics.config import Config
 from lit_basics.data.synthetic import SyntheticCIFAR10
+from lit_basics.verification.forks import run_all
 
 
 class Weights(pl.Callback):
@@ -124,6 +129,38 @@ def metrics(run_dir):
     table = {int(row["step"]): {k: float(v) for k, v in row.items() if k != "step" and v != ""} for row in rows}
     assert len(table) == len(rows), "a step has two rows"
     return table
+
+
+def ranks(work, count=2):
+    """Return what ``work`` returns in each of ``count`` forked processes, which are as if torchrun had started them.
+
+    One that fails, or takes more than two minutes, ends the others: its error is raised. They write to ``ranks.txt``.
+    """
+    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+
+    def ranked(rank, _):
+        signal.alarm(120)
+        rank_zero_only.rank = rank
+        result = work()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # rank 0, which leaves, takes the others' connections away
+        return result
+
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    works = [partial(ranked, rank) for rank in range(count)]
+    return [run.result() for run in run_all(works, Path("ranks.txt"), lambda: None, environments)]
+
+
+def fit_on_ranks(*args):
+    """Run ``lit_basics fit`` on two ranks."""
+    assert ranks(lambda: main(["fit", *args])) == [0, 0]
+
+
+def on_ranks(count=2, *callbacks, **settings):
+    """Return a quiet Trainer of this rank."""
+    ddp = {"devices": count, "strategy": "ddp" if count > 1 else "auto"}
+    return quiet_trainer(*callbacks, **{**ddp, "num_sanity_val_steps": 0, **settings})
 
 
 def write_npz(path, train=400, test=100):

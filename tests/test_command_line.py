@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lit_basics import SyntheticCIFAR10, nets
 from lit_basics.cli import main
 from lit_basics.config import Config
 from lit_basics.fitting import run_name
+from lit_basics.running import quiet
 
 SMALL = (
     *("--config", "quickstart", "--data.train_images", "200", "--data.test_images", "60"),
@@ -317,7 +319,7 @@ class Mine(LitLeNet5):
 """
 
 
-def test_paths_and_sets_mean_the_same_in_a_runs_config(tmp_path, mine):
+def test_paths_and_sets_mean_the_same_in_a_runs_config(tmp_path, mine, capsys):
     """The files lie relative to the working directory and to a config, and strings hash otherwise in each process."""
     words = ["--model", f"{mine(ARGUMENTS)}.Mine", "--model.labels", "labels.txt", "--config", "conf/my.yaml"]
     (tmp_path / "labels.txt").write_text("a")
@@ -326,19 +328,22 @@ def test_paths_and_sets_mean_the_same_in_a_runs_config(tmp_path, mine):
     (tmp_path / "conf" / "my.yaml").write_text(
         "model: {init_args: {more: [labels.txt], names: [alpha, beta, gamma, delta, epsilon]}}\n"
     )
-    for seed, command in enumerate(
-        (
-            ["fit", *SMALL, *words, "--run_dir", "run"],
-            ["fit", "--resume", "run", "--trainer.max_epochs", "2"],
-            ["fit", *SMALL, *words, "--run_dir", "run", "--resume", "auto"],
-            ["test", "--run_dir", "run"],
-        )
-    ):
+    own = ["fit", *SMALL, *words, "--run_dir", "run"]
+    for seed, command in enumerate((own, [*own, "--resume", "auto"])):
         environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
         program = [sys.executable, "-m", "lit_basics", *command]
         done = subprocess.run(program, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "resuming with model" not in done.stdout
+    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 0
+    assert "resuming with model" not in capsys.readouterr().out
+    assert main(["test", "--run_dir", "run"]) == 0
+
+
+def test_a_warning_shows_no_line_of_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    quiet()
+    assert warnings.formatwarning("text", UserWarning, "file.py", 3, "code()") == "file.py:3: UserWarning: text\n"
 
 
 def test_recipes_lists_and_prints(capsys):
@@ -376,11 +381,10 @@ def test_what_lightning_was_asked_to_say_is_said(tmp_path):
     assert "stopped: `max_epochs=1` reached" not in done.stderr
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_goes_away_ends_no_run(tmp_path, unbuffered):
+def test_a_reader_that_goes_away_ends_no_run(tmp_path):
     """Without it the run ends in a BrokenPipeError, with nothing saved."""
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    for words in (["recipes"], ["fit", *SMALL, "--run_dir", "run"]):
+    for words, unbuffered in (["recipes"], "1"), (["recipes"], ""), (["fit", *SMALL, "--run_dir", "run"], ""):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run(
@@ -391,11 +395,10 @@ def test_a_reader_that_goes_away_ends_no_run(tmp_path, unbuffered):
     assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
 
 
-@pytest.mark.parametrize("words", [["--trainer.callbacks+=LossReport"], []])
-def test_a_terminal_that_goes_away_ends_no_run(words, tmp_path):
+def test_a_terminal_that_goes_away_ends_no_run(tmp_path):
     """Its writes fail otherwise than those to a pipe; without it the run ends within, with nothing saved."""
     terminal, end = pty.openpty()
-    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL, *words, "--run_dir", "run"]
+    command = [sys.executable, "-m", "lit_basics", "fit", *SMALL, "--trainer.callbacks+=LossReport", "--run_dir", "run"]
     process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end)
     os.close(end)
     os.close(terminal)
@@ -405,8 +408,7 @@ def test_a_terminal_that_goes_away_ends_no_run(words, tmp_path):
 
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path):
     """Without it the run ends in an OSError, with nothing saved; what is asked for may fail."""
-    printed = ["fit", *SMALL, "--print_config"]
-    for words, ends in (["recipes"], False), (printed, False), (["fit", *SMALL, "--run_dir", "run"], True):
+    for words, ends in (["recipes"], False), (["fit", *SMALL, "--run_dir", "run"], True):
         with open("/dev/full", "w") as full:
             done = subprocess.run([sys.executable, "-m", "lit_basics", *words], stdout=full, stderr=full)
         assert (done.returncode == 0) == ends
@@ -422,10 +424,9 @@ def test_a_letter_that_the_output_does_not_have_ends_no_run():
     assert run([*command, "--print_config"]).returncode == 2
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_end_no_run(closed, tmp_path):
+def test_closed_streams_end_no_run(tmp_path):
     words = " ".join([*SMALL, "--trainer.enable_progress_bar", "true", "--run_dir", "run"])
-    subprocess.run(["sh", "-c", f'exec "{sys.executable}" -m lit_basics fit {words} {closed}'], check=True)
+    subprocess.run(["sh", "-c", f'exec "{sys.executable}" -m lit_basics fit {words} <&- >&- 2>&-'], check=True)
     assert files(tmp_path) == [f"run/{name}" for name in PROMISED]
 
 
@@ -434,20 +435,6 @@ def test_a_run_of_a_class_with_arguments_is_named_after_the_class():
     model = json.dumps({"class_path": "LitObjective", "init_args": {"objective": path, "note": "a/b"}})
     assert run_name(["--model", model]) == "LitObjective"
     assert run_name(["--model=lit_basics.LitLeNet5"]) == "LitLeNet5"
-
-
-def test_python_m_sees_the_working_directory(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from lit_basics import LitClassifier\nfrom torch import nn\n\n\n"
-        "class Mine(LitClassifier):\n"
-        "    def __init__(self, **kwargs):\n"
-        "        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), **kwargs)\n"
-    )
-    words = ["fit", "--model", "mine.Mine", "--data", "SyntheticCIFAR10", "--data.train_images", "100"]
-    short = ["--trainer.max_epochs", "1", "--run_dir", "mine_run"]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    subprocess.run([sys.executable, "-m", "lit_basics", *words, *short], check=True, env=environment)
-    assert (tmp_path / "mine_run" / "best.pth").is_file()
 
 
 def test_a_failing_run_keeps_its_rows_and_its_traceback(tmp_path):
@@ -461,7 +448,8 @@ def test_a_failing_run_keeps_its_rows_and_its_traceback(tmp_path):
     )
     words = ["--model", "broken.Broken", "--data", "SyntheticCIFAR10", "--trainer.log_every_n_steps", "1"]
     command = [sys.executable, "-m", "lit_basics", "fit", *words, "--run_dir", "run"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # without a path, python -m finds the module in the working directory
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 1
     assert "a bug of the user" in done.stderr
     assert "Traceback" in done.stderr

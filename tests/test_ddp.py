@@ -1,17 +1,39 @@
 """Two and three processes on the CPU, with gloo: gradients, validation, loggers, launchers."""
 
-import json
 import os
+import random
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import metrics, write_npz
+from helpers import fit_on_ranks, metrics, on_ranks, ranks, write_npz
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, IterableDataset
 
+from lit_basics import (
+    ArrayLoader,
+    BestLossCheckpoint,
+    EpochOrder,
+    LastCheckpoint,
+    LinearDataModule,
+    LitClassifier,
+    LitLeNet5,
+    LitLinearRegression,
+    RandomState,
+    ResumableDataLoader,
+    SyntheticCIFAR10,
+    UserError,
+)
+from lit_basics.callbacks import last
 from lit_basics.cli import main
 
 FIT = [sys.executable, "-m", "lit_basics", "fit"]
@@ -50,7 +72,7 @@ def test_two_ranks_give_one_ranks_gradients(mode, tmp_path):
     more += ["--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.2"]
     more += MODES[mode]
     assert main(["fit", *words(path, tmp_path / "one", *more)]) == 0
-    run([*FIT, *words(path, tmp_path / "two", *more, "--config", "ddp")])
+    fit_on_ranks(*words(path, tmp_path / "two", *more, "--config", "ddp"))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert list(one) == list(two)
     for step in one:
@@ -69,11 +91,11 @@ def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
     more += ["--trainer.accumulate_grad_batches", "4", "--trainer.val_check_interval", "6"]
     more += ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.monitor", "val/loss"]
     more += ["--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.dirpath", str(folder / "checkpoints")]
-    run([*FIT, *words(path, folder, *more)])
+    fit_on_ranks(*words(path, folder, *more))
     whole = metrics(folder)
     first, *_ = (folder / "checkpoints").glob("epoch*step=1.ckpt")
     saved = (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns
-    run([*FIT, "--resume", str(first)])
+    fit_on_ranks("--resume", str(first))
     assert (folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns > saved  # it did train
     assert {step: row["train/loss"] for step, row in metrics(folder).items()} == {
         step: row["train/loss"] for step, row in whole.items()
@@ -82,7 +104,11 @@ def test_a_resume_amid_an_accumulated_step_has_every_ranks_losses(tmp_path):
 
 def test_torchrun_gives_the_same_weights_as_the_launcher(tmp_path):
     path = write_npz(tmp_path / "images.npz", train=60)
-    run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"])
+    assert run([*FIT, *words(path, tmp_path / "launcher"), "--config", "ddp"]).stdout.count("run directory: ") == 1
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    names = sorted(name for name in names if not name.endswith((".sha256", ".previous")))
+    files = ["best.pth", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"]
+    assert names == ["images.npz", *(f"launcher/{name}" for name in files)]  # rank 0's
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = run([*torchrun, "-m", "lit_basics", "fit", *words(path, tmp_path / "torchrun"), "--resume", "auto"])
     for said in ("run directory: ", "there is no run to resume"):
@@ -115,11 +141,14 @@ if __name__ == "__main__":
 """
 
 
-def test_spawned_processes_give_the_same_weights_as_the_launcher(tmp_path):
+def test_spawned_processes_give_the_same_weights_as_others(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SPAWN)
     weights = {}
-    for strategy in ("ddp", "ddp_spawn"):  # spawned ones get the module, and give its weights back, by pickle
-        run([sys.executable, "script.py", strategy, f"{strategy}.pt"])
+    # spawned ones get the module, and give its weights back, by pickle
+    run([sys.executable, "script.py", "ddp_spawn", "ddp_spawn.pt"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "ddp", "ddp.pt"])
+    ranks(lambda: runpy.run_path("script.py", run_name="__main__") and None)
+    for strategy in ("ddp", "ddp_spawn"):
         weights[strategy] = torch.load(f"{strategy}.pt", weights_only=True)
         assert Path(strategy, "best.ckpt").is_file()
     assert weights["ddp"].keys() == weights["ddp_spawn"].keys()
@@ -127,48 +156,27 @@ def test_spawned_processes_give_the_same_weights_as_the_launcher(tmp_path):
         assert torch.equal(weights["ddp_spawn"][name], value), name
 
 
-VALIDATE = """
-import os, sys, json, torch, lightning.pytorch as pl
-from lit_basics import LitLeNet5, SyntheticCIFAR10
-
 class Counted(LitLeNet5):
     def validation_step(self, batch, batch_idx):
         self.seen = getattr(self, "seen", 0) + len(batch[1])
         super().validation_step(batch, batch_idx)
 
-def validate(ranks):
-    rows = []
-    for n in (64, 65, 67):
-        torch.manual_seed(0)
-        model = Counted()
-        trainer = pl.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
-                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=n), verbose=False)
-        seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
-        rows.append([n, int(seen), {k: float(v) for k, v in trainer.callback_metrics.items()}])
-    return rows
 
-if __name__ == "__main__":
-    rows = validate(int(sys.argv[1]))
-    if os.environ["LOCAL_RANK"] == "0":
-        print("RESULT", json.dumps(rows), flush=True)
-    os._exit(0)  # gloo's threads may abort Python's own exit
-"""
+def validate(count, size):
+    torch.manual_seed(0)
+    model, trainer = Counted(), on_ranks(count)
+    trainer.validate(model, SyntheticCIFAR10(100, 10, batch_size=12, val_size=size), verbose=False)
+    seen = trainer.strategy.reduce(torch.tensor(model.seen), reduce_op="sum")
+    return int(seen), {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def test_validation_counts_every_image_once_at_any_world_size(tmp_path):
-    script = tmp_path / "validate.py"
-    script.write_text(VALIDATE)
-    results = {1: runpy.run_path(str(script))["validate"](1)}
-    for ranks in (2, 3):
-        done = run([sys.executable, "-W", "ignore", str(script), str(ranks)])
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-        results[ranks] = json.loads(line.removeprefix("RESULT "))
-    assert [n for n, _, _ in results[1]] == [64, 65, 67]
-    for ranks, rows in results.items():
-        for (n, seen, values), (_, _, expected) in zip(rows, results[1], strict=True):
-            assert seen == n, ranks
-            assert values == pytest.approx(expected, abs=1e-6), ranks
+@pytest.mark.parametrize("count", [2, 3])
+def test_validation_counts_every_image_once_at_any_world_size(count):
+    sizes = (64, 65, 67)
+    results = ranks(lambda: [validate(count, size) for size in sizes], count)
+    for size, *of_ranks in zip(sizes, *results, strict=True):
+        expected = pytest.approx(validate(1, size)[1], abs=1e-6)
+        assert of_ranks == [(size, expected)] * count
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
@@ -183,180 +191,111 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert "batch_size is 13; it must be divisible by the number of processes, 2" in done.stderr
 
 
-EMPTY = """
-import os, torch, lightning.pytorch as pl
-from torch.utils.data import DataLoader, IterableDataset
-from lit_basics import LitClassifier
-
 class Shares(IterableDataset):
     def __iter__(self):
         if os.environ["LOCAL_RANK"] == "0":
             yield from ((torch.full((4,), float(n)), n % 2) for n in range(6))
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    model = LitClassifier(torch.nn.Linear(4, 2), num_classes=2)
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False)
-    trainer.validate(model, DataLoader(Shares(), batch_size=3), verbose=False)
-    print("RESULT", float(trainer.callback_metrics["val/acc"]), flush=True)
-    torch.distributed.barrier()  # rank 0, which leaves, would take the other's connection away
-    os._exit(0)
-"""
 
-
-def test_a_rank_without_a_validation_batch_holds_nobody_up(tmp_path):
+def test_a_rank_without_a_validation_batch_holds_nobody_up():
     """Where each rank asks for itself whether a metric was updated, one gathers and the other has gone on."""
-    (tmp_path / "script.py").write_text(EMPTY)
-    done = run([sys.executable, "-W", "ignore", "script.py"])
-    results = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    torch.manual_seed(0)
     net = torch.nn.Linear(4, 2)
+
+    def validated():
+        trainer = on_ranks()
+        trainer.validate(LitClassifier(net, num_classes=2), DataLoader(Shares(), batch_size=3), verbose=False)
+        return float(trainer.callback_metrics["val/acc"])
+
     right = [int(net(torch.full((4,), float(n))).argmax()) == n % 2 for n in range(6)]
-    assert results == [pytest.approx(sum(right) / 6)] * 2
+    assert ranks(validated) == [pytest.approx(sum(right) / 6)] * 2
 
-
-DRAWS = """
-import json, random, sys
-import lightning.pytorch as pl, numpy as np, torch
-from lit_basics import LitClassifier, RandomState, SyntheticCIFAR10
 
 class Draws(LitClassifier):
     def __init__(self):
-        super().__init__(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)))
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
         self.drawn = []
 
     def training_step(self, batch, batch_idx):
-        dropped = torch.nn.functional.dropout(torch.ones(16)).tolist()
+        dropped = nn.functional.dropout(torch.ones(16)).tolist()
         self.drawn.append([random.random(), np.random.random(), dropped])
         return super().training_step(batch, batch_idx)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if batch_idx == 1 and checkpoint is None and self.trainer.world_size == 2:
-            self.trainer.save_checkpoint("amid.ckpt")
-
-if __name__ == "__main__":
-    devices, folder, *checkpoint = sys.argv[1:]
-    checkpoint = checkpoint[0] if checkpoint else None
-    pl.seed_everything(0 if checkpoint is None else 9)
-    model = Draws()
-    trainer = pl.Trainer(accelerator="cpu", devices=int(devices), strategy="ddp", logger=False, max_epochs=1,
-                         enable_checkpointing=False, enable_progress_bar=False, callbacks=[RandomState()])
-    trainer.fit(model, SyntheticCIFAR10(60, 10, batch_size=12, val_size=0), ckpt_path=checkpoint)
-    with open(f"{folder}-{trainer.global_rank}.json", "w") as file:
-        json.dump(model.drawn, file)
-"""
+        if batch_idx == 1:
+            self.trainer.save_checkpoint(f"{self.trainer.world_size}.ckpt")
 
 
-def test_each_rank_draws_its_own(tmp_path):
+def test_each_rank_draws_its_own():
     """Without ``seed_by_rank`` all have the same dropout; what is drawn by Python and NumPy may be to agree on."""
-    (tmp_path / "script.py").write_text(DRAWS)
 
-    def drawn(devices, *words):
-        run([sys.executable, "-W", "ignore", "script.py", str(devices), *words])
-        return [json.loads(Path(f"{words[0]}-{rank}.json").read_text()) for rank in range(devices)]
+    def drawn(count, checkpoint=None):
+        pl.seed_everything(0 if checkpoint is None else 9, verbose=False)
+        model, data = Draws(), SyntheticCIFAR10(60, 10, batch_size=12, val_size=0)
+        on_ranks(count, RandomState(), strategy="ddp").fit(model, data, ckpt_path=checkpoint)
+        return model.drawn
 
-    (one,), two = drawn(1, "one"), drawn(2, "two")
+    (one,), two = ranks(lambda: drawn(1), 1), ranks(lambda: drawn(2))
     assert two[0] == one
     for (*common, dropped), (*others, of_other) in zip(*two, strict=True):
         assert common == others
         assert dropped != of_other
-    assert drawn(2, "resumed", "amid.ckpt") == [draws[2:] for draws in two]
-
-
-NOT_SHARED_OUT = """
-import sys
-import lightning.pytorch as pl
-from lit_basics import ArrayLoader, EpochOrder, LitLeNet5, SyntheticCIFAR10
-
-data = SyntheticCIFAR10(60, 10, batch_size=10, val_size=10)
-data.setup("fit")
-loader = data.train_dataloader()
-if sys.argv[1] == "rank":
-    loader = ArrayLoader(loader.inputs, loader.targets, EpochOrder(60, 10, shuffle=True, world_size=2))
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
-                     max_epochs=1, enable_progress_bar=False, num_sanity_val_steps=0)
-trainer.fit(LitLeNet5(), loader)
-"""
+    assert ranks(lambda: drawn(2, "2.ckpt")) == [draws[2:] for draws in two]
 
 
 @pytest.mark.parametrize("missing", ["rank", "both"])
-def test_loaders_that_are_not_shared_out_are_refused(missing, tmp_path):
+def test_loaders_that_are_not_shared_out_are_refused(missing):
     """Without ``check_shared_out`` each rank trains on all samples, or both on those of rank 0."""
-    script = tmp_path / "script.py"
-    script.write_text(NOT_SHARED_OUT)
-    command = [sys.executable, str(script), missing]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    size = 2 if missing == "rank" else 1
-    for rank in (0, 1):
-        assert (
-            f"UserError: the loader's EpochOrder is of rank 0 and world_size {size} on rank {rank} of 2" in done.stderr
-        )
-    assert done.returncode == 1
+    data = SyntheticCIFAR10(60, 10, batch_size=10, val_size=10)
+    data.setup("fit")
+    loader, size = data.train_dataloader(), 1
+    if missing == "rank":
+        loader, size = ArrayLoader(loader.inputs, loader.targets, EpochOrder(60, 10, shuffle=True, world_size=2)), 2
 
+    def refused():
+        rank = os.environ["RANK"]
+        said = f"the loader's EpochOrder is of rank 0 and world_size {size} on rank {rank} of 2"
+        with pytest.raises(UserError, match=said):
+            on_ranks().fit(LitLeNet5(), loader)
 
-TENSOR_PARALLEL = """
-import sys
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from lit_basics import LitClassifier, RandomState, ResumableDataLoader, SyntheticCIFAR10
+    ranks(refused)
+
 
 class Parallel(LitClassifier):
     def __init__(self):
         super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Linear(8, 10)))
+        self.labels = []
 
     def configure_model(self):
         halves = {"1": ColwiseParallel(), "2": RowwiseParallel()}
         parallelize_module(self.net, self.device_mesh["tensor_parallel"], halves)
 
     def training_step(self, batch, batch_idx):
-        sys.stdout.write(f"labels {batch[1].tolist()}\\n")
+        self.labels += batch[1].tolist()
         return super().training_step(batch, batch_idx)
 
-data = SyntheticCIFAR10(20, 10, batch_size=10, val_size=0)
-if sys.argv[1] == "loader":
-    data.setup("fit")
-    data = ResumableDataLoader(list(zip(data._arrays.x_train.float(), data._arrays.y_train)), 10, shuffle=True)
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(1, 2), logger=False, max_epochs=1,
-                     enable_checkpointing=False, enable_progress_bar=False, callbacks=[RandomState()])
-trainer.fit(Parallel(), data)
-"""
 
-
-@pytest.mark.parametrize("kind", ["data", "loader"])
-def test_a_tensor_parallel_group_takes_the_same_samples(kind, tmp_path):
+def test_a_tensor_parallel_group_takes_the_same_samples():
     """By its global rank each process would compute its part of the layers for samples of its own."""
-    script = tmp_path / "script.py"
-    script.write_text(TENSOR_PARALLEL)
-    command = [sys.executable, "-W", "ignore", str(script), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    labels = [line for line in done.stdout.splitlines() if line.startswith("labels")]
-    if kind == "loader":
-        assert (done.returncode, labels) == (1, []), done.stderr
-        assert "of rank 1 and world_size 2 on rank 0 of 1 that share out the data: take a torch.utils" in done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
-        assert len(labels) == 4
-        assert all(labels.count(line) == 2 for line in labels)
+    data = SyntheticCIFAR10(20, 10, batch_size=10, val_size=0)
+    data.setup("fit")
+    dataset = list(zip(data._arrays.x_train.float(), data._arrays.y_train, strict=True))
+    loader = ResumableDataLoader(dataset, 10, shuffle=True)
+
+    def labels():
+        model = Parallel()
+        on_ranks(2, RandomState(), strategy=ModelParallelStrategy(1, 2)).fit(model, data)
+        said = f"of rank {os.environ['RANK']} and world_size 2 on rank 0 of 1 that share out the data: take a torch.uti"
+        with pytest.raises(UserError, match=said):
+            on_ranks(2, RandomState(), strategy=ModelParallelStrategy(1, 2)).fit(Parallel(), loader)
+        return model.labels
+
+    one, other = ranks(labels)
+    assert one == other
+    assert len(one) == 20
 
 
-def test_only_rank_0_writes(tmp_path):
-    path = write_npz(tmp_path / "images.npz", train=60)
-    done = run([*FIT, *words(path, tmp_path / "run"), "--config", "ddp"])
-    assert done.stdout.count("run directory: ") == 1
-    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    names = sorted(name for name in names if not name.endswith((".sha256", ".previous")))
-    files = ["best.pth", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"]
-    assert names == ["images.npz", *(f"run/{name}" for name in files)]
-
-
-SAVES_OFTEN = """
+TELLS = """
 import lightning.pytorch as pl
-from lit_basics.callbacks import last
-
-last.MAX_SECONDS = 0
 
 class Tells(pl.Callback):
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
@@ -374,39 +313,31 @@ class Tells(pl.Callback):
         (["--trainer.val_check_interval", "50", "--data.val_size", "16"], lambda batch: batch % 50),
     ],
 )
-def test_a_long_epoch_is_saved_within(more, allowed, tmp_path, monkeypatch):
-    (tmp_path / "saves_often.py").write_text(SAVES_OFTEN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+def test_a_long_epoch_is_saved_within(more, allowed, tmp_path, mine, monkeypatch):
+    monkeypatch.setattr(last, "MAX_SECONDS", 0)
     path = write_npz(tmp_path / "images.npz", train=1300)
-    more = [*more, "--trainer.max_epochs", "1", "--config", "ddp", "--trainer.callbacks+=saves_often.Tells"]
-    done = run([*FIT, *words(path, tmp_path / "run"), *more])
-    saved = [int(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("saved after batch")]
+    more = [*more, "--trainer.max_epochs", "1", "--config", "ddp", f"--trainer.callbacks+={mine(TELLS)}.Tells"]
+    fit_on_ranks(*words(path, tmp_path / "run"), *more)
+    said = Path("ranks.txt").read_text().splitlines()
+    saved = [int(line.split()[-1]) for line in said if line.startswith("saved after batch")]
     assert any(2 < batch < 107 and allowed(batch) for batch in saved)  # not at the epoch's end
 
-
-UNDEFINED_ON_ONE = """
-import sys, lightning.pytorch as pl, torch
-from lit_basics import BestLossCheckpoint, LitLeNet5, SyntheticCIFAR10
 
 class Undefined(LitLeNet5):
     def validation_step(self, batch, batch_idx):
         self.log("mine", torch.tensor(float("nan" if self.global_rank else 1.0)))
 
-if __name__ == "__main__":
-    data = SyntheticCIFAR10(train_images=60, test_images=10, batch_size=10, val_size=20)
-    best = BestLossCheckpoint(sys.argv[1], monitor="mine")
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
-                         enable_progress_bar=False, callbacks=[best])
-    trainer.fit(Undefined(), data)
-    sys.stdout.write(f"best {best.best_model_score}\\n")  # in one piece: both write to one pipe
-"""
-
 
 def test_a_monitor_that_is_undefined_on_one_rank_is_no_best(tmp_path):
     """Asked on each rank alone, one waits for the other until the process group gives up."""
-    (tmp_path / "script.py").write_text(UNDEFINED_ON_ONE)
-    done = run([sys.executable, str(tmp_path / "script.py"), str(tmp_path / "best")])
-    assert done.stdout.count("best None") == 2
+    data = SyntheticCIFAR10(train_images=60, test_images=10, batch_size=10, val_size=20)
+    best = BestLossCheckpoint(str(tmp_path), monitor="mine")
+
+    def score():
+        on_ranks(2, best, max_epochs=2, enable_checkpointing=True).fit(Undefined(), data)
+        return best.best_model_score
+
+    assert ranks(score) == [None, None]
 
 
 LOGS_ITSELF = """
@@ -440,27 +371,17 @@ WITHOUT_VALIDATION = {
 
 
 @pytest.mark.parametrize("kind", WITHOUT_VALIDATION)
-def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, monkeypatch):
+def test_ranks_do_not_wait_for_rank_0s_progress_bar(kind, tmp_path, mine):
     # without a validation, the bar is the first to read the epoch's means
-    (tmp_path / "logs_itself.py").write_text(LOGS_ITSELF)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    mine(LOGS_ITSELF, "logs_itself")
     data = ["--data", "SyntheticCIFAR10", "--data.train_images", "80", "--data.test_images", "20"]
     data += ["--data.val_size", "0", "--data.batch_size", "40"]
     settings = ["--trainer.max_epochs", "5", "--run_dir", str(tmp_path / "run")]
-    run([*FIT, "--config", "ddp", *WITHOUT_VALIDATION[kind], *data, *settings])
+    fit_on_ranks("--config", "ddp", *WITHOUT_VALIDATION[kind], *data, *settings)
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 10
     if kind == "speed94":  # the losses of all ranks, without which those of the other half are missing
         assert (state["state_dict"]["losses"] < 100).sum() == 80
-
-
-SLOW = """
-import sys, time
-import lightning.pytorch as pl
-from lit_basics import LastCheckpoint, LinearDataModule, LitLinearRegression
-from lit_basics.callbacks import last
-
-last.MAX_SECONDS, last.ASK_SECONDS = 0.0, 0.01
 
 
 class Slow(pl.Callback):
@@ -469,23 +390,25 @@ class Slow(pl.Callback):
 
 
 class Counts(LastCheckpoint):
+    saves = 0
+
     def save(self, trainer):
         super().save(trainer)
-        print(f"rank {trainer.global_rank} has saved\\n", end="", flush=True)  # in one write
+        self.saves += 1
 
 
-trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
-                     enable_progress_bar=False, enable_model_summary=False, callbacks=[Slow(), Counts(sys.argv[1])])
-trainer.fit(LitLinearRegression(), LinearDataModule(batch_size=2))
-if trainer.is_global_zero:
-    print(f"{trainer.num_training_batches}\\n", end="", flush=True)
-"""
-
-
-def test_ranks_of_slow_steps_ask_each_other_after_each_whether_to_save(tmp_path):
+def test_ranks_of_slow_steps_ask_each_other_after_each_whether_to_save(tmp_path, monkeypatch):
     """Asked after 50 steps, they lose up to 50 of half a minute each."""
-    (tmp_path / "slow.py").write_text(SLOW)
-    said = run([sys.executable, str(tmp_path / "slow.py"), str(tmp_path)]).stdout.split("\n")
-    batches = int(next(line for line in said if line.isdigit()))
+    monkeypatch.setattr(last, "MAX_SECONDS", 0.0)
+    monkeypatch.setattr(last, "ASK_SECONDS", 0.01)
+    counts = Counts(str(tmp_path))
+
+    def saves():
+        trainer = on_ranks(2, Slow(), counts, enable_checkpointing=True)
+        trainer.fit(LitLinearRegression(), LinearDataModule(batch_size=2))
+        return counts.saves, trainer.num_training_batches
+
+    (one, batches), other = ranks(saves)
+    assert one == batches
+    assert other == (one, batches)
     assert 1 < batches < 50
-    assert [said.count(f"rank {rank} has saved") for rank in (0, 1)] == [batches, batches]

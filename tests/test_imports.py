@@ -137,14 +137,12 @@ class Outer:
 def test_a_class_method_and_a_class_in_a_class_are_named_as_a_class_is(tmp_path, name, width):
     """As a program: jsonargparse looks at all subclasses, and fails at a nested one whose module has gone."""
     (tmp_path / "my_ways.py").write_text(WAYS)
-    command = [sys.executable, "-m", "lit_basics", "fit", *QUICK, "--model", "LitClassifier"]
-    command += ["--model.net", f"my_ways.{name}"]
-    done = subprocess.run([*command, "--print_config"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ["fit", *QUICK, "--model", "LitClassifier", "--model.net", f"my_ways.{name}"]
+    twice = "from lit_basics.cli import main\nfor more in ['--print_config'], ['--model.net.widht', '3']:\n"
+    done = subprocess.run([sys.executable, "-c", f"{twice}    main({words} + more)"], capture_output=True, text=True)
+    assert done.stderr == "lit_basics: there is no key model.net.widht; did you mean 'model.net.width'?\n"
     net = yaml.safe_load(done.stdout)["model"]["init_args"]["net"]
     assert net == {"class_path": f"my_ways.{name}", "init_args": {"width": width}}
-    done = subprocess.run([*command, "--model.net.widht", "3"], capture_output=True, text=True)
-    assert done.stderr == "lit_basics: there is no key model.net.widht; did you mean 'model.net.width'?\n"
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A good citizen of Lightning: other people's callbacks, hooks, loggers and Trainer settings."""
 
-import subprocess
-import sys
 from datetime import timedelta
 from functools import partial
 
@@ -771,8 +769,8 @@ def test_numbers_of_numpy_are_kept_and_arrays_do_no_harm():
     assert type(module.hparams["scale"]) is float
 
 
-def test_rows_stand_in_order_whoever_logs(tmp_path):
-    (tmp_path / "logging_module.py").write_text(
+def test_rows_stand_in_order_whoever_logs(mine):
+    module = mine(
         "from lit_basics import LitLeNet5\n\n\n"
         "class Logging(LitLeNet5):\n"
         "    def compute_loss(self, batch, batch_idx):\n"
@@ -781,10 +779,8 @@ def test_rows_stand_in_order_whoever_logs(tmp_path):
         "        return loss\n"
     )
     words = [*SMALL[2:], "--trainer.max_epochs", "2", "--trainer.val_check_interval", "1"]
-    command = [sys.executable, "-m", "lit_basics", "fit", "--model", "logging_module.Logging"]
-    command += ["--data", "SyntheticCIFAR10", *words, "--run_dir", "run"]
-    subprocess.run(command, check=True, capture_output=True)
-    table = metrics("run")  # asserts that no step has two rows
+    run = fit("--model", f"{module}.Logging", "--data", "SyntheticCIFAR10", *words)
+    table = metrics(run)  # asserts that no step has two rows
     assert list(table) == sorted(table)
     assert all({"val/loss", "train/loss"} <= set(table[step]) for step in range(1, 11))
     for step in range(10):  # Lightning's own number is one less

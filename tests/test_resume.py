@@ -5,7 +5,6 @@ import importlib
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -979,16 +978,6 @@ def test_a_schedule_that_is_shorter_than_the_run(tmp_path, capsys):
     words += ["--model.lr_scheduler.total_steps", "3", "--model.lr_interval", "step"]
     assert main(["fit", *SMALL, *words, "--trainer.enable_progress_bar", "false", "--run_dir", "run"]) == 2
     assert capsys.readouterr().err.startswith("lit_basics: Tried to step 4 times. The specified number of total steps")
-
-
-def test_a_warning_shows_no_line_of_code(tmp_path):
-    fit(*SMALL, "--trainer.max_epochs", "1")
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"no")
-    words = [sys.executable, "-m", "lit_basics", "fit", "--run_dir", "run", "--resume", "auto", *SMALL]
-    done = subprocess.run([*words, "--trainer.max_epochs", "2"], capture_output=True, text=True)
-    (line, *_) = [line for line in done.stderr.splitlines() if "damaged" in line]
-    assert "resuming.py:" in line
-    assert "rank_zero_warn" not in done.stderr
 
 
 def test_a_process_of_another_rank_takes_the_run_of_rank_0(tmp_path, monkeypatch):

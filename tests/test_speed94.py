@@ -8,7 +8,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Weights, assert_equal
+from helpers import Weights, assert_equal, on_ranks, ranks
 from speed_runs import BATCH, EPOCHS, IMAGES, fit, images, same_batches, whitening
 from torch import nn
 from torch.nn import functional as F
@@ -96,47 +96,34 @@ def test_the_recipe_equals_the_one_written_out(hardest, monkeypatch):
             assert (value - expected).abs().max() < 1e-10, name
 
 
-RANKS = """
-import lightning.pytorch as pl, torch
-from torch.nn.functional import cross_entropy
-from lit_basics import LitSpeedNet, SyntheticCIFAR10
-
 class Kept(LitSpeedNet):
     def training_step(self, batch, batch_idx):
         if self.global_step == 0:
-            torch.save(batch[0], f"images{self.global_rank}.pt")
+            self.first = batch[0]
         return super().training_step(batch, batch_idx)
 
     def keep_losses(self, index, logits, y):
         super().keep_losses(index, logits, y)
-        own = cross_entropy(logits, y, reduction="none", label_smoothing=0.2)
+        own = F.cross_entropy(logits, y, reduction="none", label_smoothing=0.2)
         assert torch.equal(self.losses[index], own.to(self.losses))
 
-if __name__ == "__main__":
-    pl.seed_everything(0)
-    model = Kept(widths=(8, 16, 16), resolutions=[], hardest=[1, 0.5])
-    data = SyntheticCIFAR10(96, 20, batch_size=32, val_size=0, with_indices=True)
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False)
-    trainer.fit(model, data)
-    torch.save((model.losses, model.net.whiten.weight.detach()), f"trained{trainer.global_rank}.pt")
-    trainer.strategy.barrier()
-"""
 
-
-def test_two_ranks_keep_the_losses_and_whiten_by_the_images_of_both(tmp_path):
+def test_two_ranks_keep_the_losses_and_whiten_by_the_images_of_both():
     """Without the exchange each rank knows the losses of its own images only, and whitens by those."""
-    (tmp_path / "script.py").write_text(RANKS)
-    subprocess.run([sys.executable, "script.py"], check=True, timeout=100)
-    seen = torch.cat([torch.load(f"images{rank}.pt") for rank in (0, 1)])
+    model, data = Kept(widths=WIDTHS, resolutions=[], hardest=[1, 0.5]), images(with_indices=True)
+
+    def trained():
+        on_ranks().fit(model, data)
+        return model.first, model.losses, model.net.whiten.weight.detach()
+
+    (first, losses, filters), (second, others, of_other) = ranks(trained)
+    seen = torch.cat([first, second])
     assert len(seen) == BATCH
-    for rank in (0, 1):
-        losses, filters = torch.load(f"trained{rank}.pt")
-        assert torch.equal(losses < 1e4, torch.arange(len(losses)) < IMAGES)
-        assert torch.equal(losses, torch.load("trained0.pt")[0])
-        assert torch.allclose(
-            filters.abs(), whitening(seen).float().abs(), rtol=1e-3, atol=1e-3
-        )  # each has its negative
+    assert torch.equal(losses < 1e4, torch.arange(len(losses)) < IMAGES)
+    assert torch.equal(losses, others)
+    assert torch.equal(filters, of_other)
+    # each has its negative
+    assert torch.allclose(filters.abs(), whitening(seen).float().abs(), rtol=1e-3, atol=1e-3)
 
 
 def test_it_passes_verify():

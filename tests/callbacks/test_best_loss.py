@@ -2,18 +2,19 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
+import warnings
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import SaveEverywhere, assert_equal, fit, metrics, quiet_trainer
+from helpers import SaveEverywhere, assert_equal, fit, metrics, on_ranks, quiet_trainer, ranks
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateFinder
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from lit_basics import (
     BestLossCheckpoint,
@@ -682,19 +683,9 @@ def test_a_moved_run_names_its_own_best(tmp_path, capsys):
     assert "moved/checkpoints/best.ckpt (train/loss " in capsys.readouterr().out
 
 
-RANKS = """
-import json, os, sys, warnings, torch, lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from lit_basics import BestLossCheckpoint, DurableCheckpointIO
-torch.set_num_threads(1)
-
-class Module(pl.LightningModule):
+class Sharded(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
         self.net, self.asked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), 0
         self.net.register_state_dict_pre_hook(self.ask)
 
@@ -715,34 +706,25 @@ class Module(pl.LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
-sharded, folder = sys.argv[1] == "sharded", sys.argv[2]
-strategy = ModelParallelStrategy(save_distributed_checkpoint=sharded, process_group_backend="gloo")
-other = ModelCheckpoint(folder, "other-{epoch}", "train/loss")
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=3, logger=False,
-                     callbacks=[BestLossCheckpoint(folder), other], plugins=[DurableCheckpointIO()],
-                     enable_progress_bar=False, enable_model_summary=False)
-module = Module()
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    trainer.fit(module)
-told = [str(warning.message) for warning in caught if "best.pth" in str(warning.message)]
-with open(f"{folder}/{trainer.global_rank}.json", "w") as file:
-    json.dump([module.asked, told], file)
-os._exit(0)  # gloo's threads may abort Python's own exit
-"""
-
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_weights_that_are_shared_out_over_ranks(kind, tmp_path):
     """Shards are no plain weights; of the whole ones rank 0 alone has any, and no other may ask the net for them."""
-    script, folder = tmp_path / "ranks.py", tmp_path / "checkpoints"
-    script.write_text(RANKS)
-    folder.mkdir()
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, script, kind, folder], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (asked, told), others = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert others == [asked, []]
+    folder = tmp_path / "checkpoints"
+
+    def asked_and_told():
+        strategy = ModelParallelStrategy(save_distributed_checkpoint=kind == "sharded", process_group_backend="gloo")
+        callbacks = BestLossCheckpoint(str(folder)), ModelCheckpoint(folder, "other-{epoch}", "train/loss")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            settings = {"strategy": strategy, "max_epochs": 3, "plugins": [DurableCheckpointIO()]}
+            fitted = on_ranks(2, *callbacks, enable_checkpointing=True, **settings)
+            module = Sharded()
+            fitted.fit(module)
+        return module.asked, [str(warning.message) for warning in caught if "best.pth" in str(warning.message)]
+
+    (asked, told), others = ranks(asked_and_told)
+    assert others == (asked, [])
     # of the checkpoints of another callback, of which it keeps one, the older are removed, files or folders
     assert [path.name for path in folder.glob("other-*.ckpt")] == ["other-epoch=2.ckpt"]
     if kind == "sharded":

@@ -5,15 +5,13 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Rows, SaveEverywhere, assert_equal, fit, metrics
+from helpers import Rows, SaveEverywhere, assert_equal, fit, metrics, on_ranks, ranks
 from helpers import quiet_trainer as trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
@@ -892,15 +890,7 @@ def test_wrong_arguments_are_refused():
             NonFiniteGuard(**arguments)
 
 
-RANKS = """
-import math, os, sys, warnings, torch, lightning.pytorch as pl
-from torch import nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from lit_basics import NonFiniteError, NonFiniteGuard
-torch.set_num_threads(1)
-
-class Module(pl.LightningModule):
+class BreaksOnOne(pl.LightningModule):
     def __init__(self, kind):
         super().__init__()
         torch.manual_seed(0)
@@ -914,52 +904,31 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch).square().mean()
-        if batch_idx == 4 and self.global_rank == 1:  # on one rank only
+        if batch_idx == 4 and self.global_rank == 1:
             loss = loss * math.nan if self.kind == "gradient" else loss + math.nan
         return loss
 
-for kind in ("gradient", "loss"):
-    for policy in ("skip", "rollback", "stop"):
-        module, guard = Module(kind), NonFiniteGuard(policy, every_n_batches=3)
-        trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False,
-                             callbacks=[guard], enable_progress_bar=False, enable_model_summary=False,
-                             default_root_dir=sys.argv[1])
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
+@pytest.mark.parametrize(
+    ("kind", "what"), [("gradient", "first broken gradient: net.weight"), ("loss", "all gradients are finite")]
+)
+def test_two_ranks_decide_alike_where_only_one_broke(kind, what, policy, tmp_path):
+    # without _agreed's all_reduce a loss that is nan on rank 1 alone stops rank 1, and rank 0 waits for ever
+    def decided():
+        module, guard = BreaksOnOne(kind), NonFiniteGuard(policy, every_n_batches=3)
+        fitted, text = on_ranks(2, guard, enable_checkpointing=True), "finished"
         try:
-            trainer.fit(module)
-            text = "finished"
+            fitted.fit(module)
         except NonFiniteError as error:
             text = str(error)
-        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-        both = [torch.empty_like(weights) for _ in range(2)]
-        torch.distributed.all_gather(both, weights)
-        same = torch.equal(*both) or (policy == "stop" and not bool(torch.isfinite(both[0]).all()))
-        line = f"{trainer.global_rank} {kind} {policy} {trainer.global_step} {same} {guard.faults} {text}"
-        with open(f"{sys.argv[1]}/results{trainer.global_rank}.txt", "a") as file:  # the ranks share one output
-            print(line, file=file)
-os._exit(0)  # gloo's threads may abort Python's own exit
-"""
+        return fitted.global_step, guard.faults, text, torch.cat([p.detach().flatten() for p in module.parameters()])
 
-
-def test_two_ranks_decide_alike_where_only_one_broke(tmp_path):
-    # without _agreed's all_reduce a loss that is nan on rank 1 alone stops rank 1, and rank 0 waits for ever
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *torchrun, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = sorted(line for path in tmp_path.glob("results*.txt") for line in path.read_text().splitlines())
-    expected = []
-    for rank in (0, 1):
-        for kind, what in (("gradient", "first broken gradient: net.weight"), ("loss", "all gradients are finite")):
-            expected += [f"{rank} {kind} {policy} 16 True 1 finished" for policy in ("rollback", "skip")]
-            expected.append(f"{rank} {kind} stop 6 True 0 loss is nan at step 5 ({what})")
-    assert lines == expected
-    assert assert_files_are_finite(tmp_path) > 0
+    expected = (6, 0, f"loss is nan at step 5 ({what})") if policy == "stop" else (16, 1, "finished")
+    (*one, weights), (*other, others) = ranks(decided)
+    assert tuple(one) == tuple(other) == expected
+    assert torch.equal(weights, others) or (policy == "stop" and not bool(torch.isfinite(weights).all()))
+    assert (assert_files_are_finite(tmp_path) > 0) == (policy != "stop")
 
 
 def test_optimizers_on_two_gpus():

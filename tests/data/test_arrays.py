@@ -1,16 +1,13 @@
 """The DataModules of images: split, batches, augmentation, state."""
 
 import errno
-import json
 import pickle
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import epoch_indices, write_npz
+from helpers import epoch_indices, ranks, write_npz
 from torch import nn
 from torchvision.transforms import v2
 
@@ -331,24 +328,15 @@ def test_python_use_without_a_trainer():
     assert y.shape == (8,)
 
 
-PLAIN_LOOP = """
-import json, sys, torch
-from lit_basics import SyntheticCIFAR10
-
-rank = int(sys.argv[1])
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
-data = SyntheticCIFAR10(100, 10, batch_size=20, val_size=0, with_indices=True)
-loader = data.train_dataloader()
-print(json.dumps([[indices.tolist() for _, _, indices in loader] for _ in range(2)]))
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_a_plain_loop_of_two_processes_shares_out_the_samples(tmp_path):
     """Without ``processes()`` each takes all of them."""
-    commands = [[sys.executable, "-c", PLAIN_LOOP, str(rank), str(tmp_path)] for rank in range(2)]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    first, second = (json.loads(rank.communicate(timeout=200)[0]) for rank in ranks)
+
+    def epochs():
+        torch.distributed.init_process_group("gloo")
+        loader = SyntheticCIFAR10(100, 10, batch_size=20, val_size=0, with_indices=True).train_dataloader()
+        return [[indices.tolist() for _, _, indices in loader] for _ in range(2)]
+
+    first, second = ranks(epochs)
     for epoch in range(2):
         batches = [a + b for a, b in zip(first[epoch], second[epoch], strict=True)]
         assert [index for batch in batches for index in batch] == epoch_indices(0, epoch, 100).tolist()

@@ -1,18 +1,14 @@
 """ResumableDataLoader: a resumed run sees the samples and the draws that were due, whoever fetches them."""
 
 import itertools
-import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, epoch_indices, quiet_trainer
+from helpers import assert_equal, epoch_indices, on_ranks, quiet_trainer, ranks
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -555,51 +551,24 @@ def test_lightning_overfits_and_predicts_with_a_loader_made_anew(hooks):
 # ---- two processes
 
 
-def seen_by(ranks):
-    """Return the indices and draws that each rank sees, for two sizes of the data."""
+def seen_by(count):
+    """Return the indices and draws that this rank sees, for two sizes of the data."""
     results = []
     for size, workers, late in ((23, 2, True), (22, 0, False)):
         data = Loaders(size, val_batch=6, num_workers=workers)
-        model, trainer = Counts(), quiet_trainer(max_epochs=2, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+        model, trainer = Counts(), on_ranks(count, max_epochs=2)
         # late: the loaders are made before the process group, as in trainer.fit(model, loader)
         trainer.fit(model, *([data.train_dataloader(), data.val_dataloader()] if late else [data]))
         trainer.test(model, data.val_dataloader(), verbose=False)
         trainer.predict(model, data.val_dataloader(), return_predictions=False)
-        seen = [model.seen]
-        if ranks > 1:
-            seen = [None] * ranks
-            torch.distributed.all_gather_object(seen, model.seen)
-        results.append(seen)
+        results.append(model.seen)
     return results
 
 
-RANKS = """
-import json, os, sys
-sys.path[:0] = {paths!r}
-from test_loader import seen_by
-
-seen = seen_by(2)
-if os.environ.get("LOCAL_RANK", "0") == "0":
-    print("RESULT", json.dumps(seen), flush=True)
-os._exit(0)  # gloo's threads may abort Python's own exit
-"""
-
-
-@pytest.fixture
-def seen_by_two(tmp_path):
-    script, here = tmp_path / "ranks.py", os.path.dirname(__file__)
-    script.write_text(RANKS.format(paths=[os.path.dirname(here), here]))
-    command = [sys.executable, "-W", "ignore", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    return json.loads(line.removeprefix("RESULT "))
-
-
-def test_two_ranks_see_each_sample_once_and_draw_the_same(seen_by_two):
+def test_two_ranks_see_each_sample_once_and_draw_the_same():
     # without the DistributedSampler's type Lightning lays its own over the batches and ends in a traceback; with the
     # rank taken when the loader is made, both ranks of the late case see all samples
-    for size, (alone,), (first, second) in zip((23, 22), seen_by(1), seen_by_two, strict=True):
+    for size, alone, first, second in zip((23, 22), seen_by(1), *ranks(lambda: seen_by(2)), strict=True):
         for stage in ("test", "predict"):
             assert sorted(first[stage] + second[stage]) == alone[stage] == list(range(size))
         assert len(first["train"]) == len(second["train"]) == size // 2 * 2

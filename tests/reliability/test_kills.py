@@ -63,7 +63,7 @@ def check_killed_runs(tmp_path, whole, runs, kills, seed):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(whole, tmp_path):
-    check_killed_runs(tmp_path, whole, runs=2, kills=2, seed=0)
+    check_killed_runs(tmp_path, whole, runs=1, kills=2, seed=0)
 
 
 @pytest.mark.slow

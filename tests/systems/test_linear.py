@@ -80,9 +80,9 @@ def test_the_update_by_hand_is_the_recipe():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_equals_its_loop_by_flag(name, manual):
     overlay = ["--config", "manual"] if manual else []
-    _, weights, _ = train("--config", "linear", *overlay, "--model.optimizer", name, "--trainer.max_epochs", "30")
+    _, weights, _ = train("--config", "linear", *overlay, "--model.optimizer", name, "--trainer.max_epochs", "10")
     # the recipe's learning rate stays when only the optimizer is changed
-    assert_same_steps(weights.after, loop(getattr(torch.optim, name), 30, lr=0.01), 30)
+    assert_same_steps(weights.after, loop(getattr(torch.optim, name), 10, lr=0.01), 10)
 
 
 @pytest.mark.parametrize("overlay", [[], ["--config", "manual"]])
