@@ -181,6 +181,15 @@ def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     assert copy["lr"] == 0.1
 
 
+def test_a_copy_keeps_the_versions_of_a_modules_state():
+    """Without them it is taken for that of an old version."""
+    state = {"state_dict": nn.BatchNorm1d(3).state_dict(), "shape": (2, 3)}
+    copy = copied(state)
+    assert copy["shape"] == (2, 3)
+    assert copy["state_dict"]._metadata == state["state_dict"]._metadata == {"": {"version": 2}}
+    assert copy["state_dict"]._metadata is not state["state_dict"]._metadata
+
+
 def test_tied_weights_that_are_several_tensors_are_one_in_the_copy():
     """Those of a GPU, which take the same way here as those with a gradient; copied each, they come apart."""
     tied = nn.Parameter(torch.arange(6.0).view(2, 3))
@@ -191,7 +200,6 @@ def test_tied_weights_that_are_several_tensors_are_one_in_the_copy():
 
 
 def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
-    monkeypatch.setattr(checkpoint_io, "LARGE", 0)
 
     def state(value):
         weights = {"a": torch.full((3, 4), value), "b": torch.full((4, 3), value).t(), "c": torch.full((2,), value)}
@@ -210,7 +218,6 @@ def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
 
 
 def test_a_copy_that_was_made_in_inference_mode_is_made_anew(monkeypatch):
-    monkeypatch.setattr(checkpoint_io, "LARGE", 0)
     memory, state = {}, {"a": torch.ones(3)}
     with torch.inference_mode():
         copied(state, memory)
@@ -229,7 +236,6 @@ def test_what_the_thread_still_reads_is_not_written_over(tmp_path, monkeypatch):
         real(path, state)
 
     monkeypatch.setattr(checkpoint_io, "write_state", slow)
-    monkeypatch.setattr(checkpoint_io, "LARGE", 0)
     io = DurableCheckpointIO(asynchronous=True)
     go_on.set()
     for value in (1, 2):

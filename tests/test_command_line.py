@@ -309,13 +309,14 @@ def test_a_home_folder_that_the_shell_has_not_expanded(tmp_path, monkeypatch, ca
 
 
 ARGUMENTS = """
+from pathlib import Path
 from jsonargparse.typing import Path_fr
 from lit_basics import LitLeNet5
 
 class Mine(LitLeNet5):
     def __init__(self, labels: Path_fr, more: list[Path_fr] | None = None, names: set[str] | None = None, **kwargs):
         super().__init__(**kwargs)
-        assert (labels.get_content(), more[0].get_content()) == ("a", "b")
+        assert [Path(path.absolute).read_text() for path in (labels, more[0])] == ["a", "b"]
 """
 
 

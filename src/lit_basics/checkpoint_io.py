@@ -23,12 +23,11 @@ from lit_basics.checkpoint_files import VERSION, checksum_path, installed, load_
 from lit_basics.files import local_path
 from lit_basics.nested import tensors_in
 
-LARGE = 1 << 16
-"""Bytes of a tensor from which new memory takes longer than to look for memory that is there."""
 MOST = 10
 """The most entries that a warning each names."""
 LOOK_SECONDS = 60.0
 """A save this long after the last look is looked at for what no load would take, beside the 1st, 2nd, 4th, 8th, …"""
+PRIMITIVES = (bool, int, float, str, type(None))
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -227,7 +226,7 @@ def refused_in(value: Any, seen: set[int], keys: tuple[Any, ...] = ()) -> Iterat
         seen: The ids of what has been looked at: a container may contain itself.
         keys: Those that lead to ``value``.
     """
-    if isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None)) or id(value) in seen:
+    if isinstance(value, Tensor) or type(value) in PRIMITIVES or id(value) in seen:
         return
     seen.add(id(value))
     if type(value) in (dict, OrderedDict):
@@ -261,38 +260,60 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
     """
     memory = {} if memory is None else memory
     made: dict[str, Tensor] = {}
-    shared: dict[tuple[Any, ...], Tensor] = {}
+    sources: list[Tensor] = []
+    targets: list[Tensor] = []
 
     def copy_of(where: str, tensor: Tensor) -> Tensor:
-        tensor, old = tensor.detach(), memory.get(where)
-        if type(tensor) is not Tensor or tensor.layout != torch.strided:
-            return tensor.to("cpu", copy=True)
-        # tied weights are several tensors in a state_dict
-        same = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        key = (*same, tensor.dtype, tensor.shape, tensor.stride())
-        if key in shared:
-            return shared[key]
+        old = memory.get(where)
         fits = old is not None and (old.dtype, old.shape, old.stride()) == (tensor.dtype, tensor.shape, tensor.stride())
         if old is None or not fits or old.is_inference() or where in made:  # two places may have one name
-            made[where] = tensor.to("cpu", copy=True)
-        else:
-            made[where] = old.copy_(tensor)
-        shared[key] = made[where]
-        return made[where]
+            old = torch.empty_like(tensor, device="cpu")
+        made[where] = old
+        sources.append(tensor)
+        targets.append(old)
+        return old
 
     copies: dict[int, Any] = {}
+    shared: dict[tuple[Any, ...], Tensor] = {}
     alone: dict[int, tuple[str, Tensor] | None] = {}
     for where, tensor in tensors_in(state):
-        if tensor.device.type != "cpu" or tensor.requires_grad:  # deepcopy stays on the device, or refuses
-            copies[id(tensor)] = copy_of(where, tensor)
-        elif type(tensor) is Tensor and tensor.layout == torch.strided:
-            pointer = tensor.untyped_storage().data_ptr()
-            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-            alone[pointer] = (where, tensor) if whole and pointer not in alone else None
-    # deepcopy takes ten times as long for a small tensor
-    for where, tensor in filter(None, alone.values()):
-        copies[id(tensor)] = tensor.clone() if tensor.nbytes < LARGE else copy_of(where, tensor)
-    copy_ = copy.deepcopy(state, copies)
+        if tensor.is_cpu and not tensor.requires_grad:
+            if type(tensor) is Tensor and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                pointer = storage.data_ptr()
+                whole = storage.nbytes() == tensor.nbytes and pointer not in alone
+                alone[pointer] = (where, tensor) if whole else None
+            continue
+        plain = tensor.detach()  # deepcopy stays on the device, or refuses one in a graph
+        if type(plain) is not Tensor or plain.layout != torch.strided:
+            copies[id(tensor)] = plain.to("cpu", copy=True)
+            continue
+        # tied weights are several tensors in a state_dict
+        same = (plain.device, plain.untyped_storage().data_ptr(), plain.storage_offset())
+        key = (*same, plain.dtype, plain.shape, plain.stride())
+        shared[key] = copies[id(tensor)] = shared[key] if key in shared else copy_of(where, plain)
+    # deepcopy takes ten times as long for a tensor
+    copies |= {id(tensor): copy_of(where, tensor) for where, tensor in filter(None, alone.values())}
+    if sources:
+        torch._foreach_copy_(targets, sources)  # in half the time of a copy_ for each
+    copy_: dict[str, Any] = _deep_copy(state, copies)
     memory.clear()
     memory.update(made)
     return copy_
+
+
+def _deep_copy(value: Any, copies: dict[int, Any]) -> Any:
+    """Do what ``copy.deepcopy`` does, in half its time for what checkpoints are made of."""
+    kind = type(value)
+    if kind in PRIMITIVES:
+        return value
+    if id(value) in copies:
+        return copies[id(value)]
+    if kind is list:
+        return [_deep_copy(part, copies) for part in value]
+    if kind is not dict and kind is not OrderedDict:
+        return copy.deepcopy(value, copies)
+    made = kind((key, _deep_copy(part, copies)) for key, part in value.items())
+    if kind is OrderedDict:  # a module's has versions beside it
+        vars(made).update(_deep_copy(vars(value), copies))
+    return made
