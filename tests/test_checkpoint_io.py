@@ -181,11 +181,21 @@ def test_a_copy_has_its_own_memory_and_shares_it_as_the_original_does():
     assert copy["lr"] == 0.1
 
 
-def test_a_copy_keeps_the_versions_of_a_modules_state():
-    """Without them it is taken for that of an old version."""
-    state = {"state_dict": nn.BatchNorm1d(3).state_dict(), "shape": (2, 3)}
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_copy_keeps_what_a_state_has_beside_tensors():
+    """Without its versions a module's state is taken for that of an old one."""
+    losses = [0.5]
+    state = {
+        "state_dict": nn.BatchNorm1d(3).state_dict(),
+        "shape": (2, 3),
+        "losses": losses,
+        "same": {"losses": losses},
+    }
+    state["nested"] = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     copy = copied(state)
     assert copy["shape"] == (2, 3)
+    assert copy["losses"] is copy["same"][0] is not losses  # once in the file
+    assert torch.equal(copy["nested"].unbind()[1], torch.ones(3))
     assert copy["state_dict"]._metadata == state["state_dict"]._metadata == {"": {"version": 2}}
     assert copy["state_dict"]._metadata is not state["state_dict"]._metadata
 
@@ -199,7 +209,7 @@ def test_tied_weights_that_are_several_tensors_are_one_in_the_copy():
     assert copy["one"].data_ptr() == copy["other"].data_ptr() != tied.data_ptr()
 
 
-def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
+def test_a_copy_is_made_in_the_memory_of_the_one_before():
 
     def state(value):
         weights = {"a": torch.full((3, 4), value), "b": torch.full((4, 3), value).t(), "c": torch.full((2,), value)}
@@ -217,7 +227,7 @@ def test_a_copy_is_made_in_the_memory_of_the_one_before(monkeypatch):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors_in(second), tensors_in(later), strict=True))
 
 
-def test_a_copy_that_was_made_in_inference_mode_is_made_anew(monkeypatch):
+def test_a_copy_that_was_made_in_inference_mode_is_made_anew():
     memory, state = {}, {"a": torch.ones(3)}
     with torch.inference_mode():
         copied(state, memory)

@@ -138,8 +138,9 @@ def test_a_class_method_and_a_class_in_a_class_are_named_as_a_class_is(tmp_path,
     """As a program: jsonargparse looks at all subclasses, and fails at a nested one whose module has gone."""
     (tmp_path / "my_ways.py").write_text(WAYS)
     words = ["fit", *QUICK, "--model", "LitClassifier", "--model.net", f"my_ways.{name}"]
-    twice = "from lit_basics.cli import main\nfor more in ['--print_config'], ['--model.net.widht', '3']:\n"
-    done = subprocess.run([sys.executable, "-c", f"{twice}    main({words} + more)"], capture_output=True, text=True)
+    both = f"[main({words} + more) for more in (['--print_config'], ['--model.net.widht', '3'])]"
+    program = f"from lit_basics.cli import main\nassert {both} == [0, 2]"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr == "lit_basics: there is no key model.net.widht; did you mean 'model.net.width'?\n"
     net = yaml.safe_load(done.stdout)["model"]["init_args"]["net"]
     assert net == {"class_path": f"my_ways.{name}", "init_args": {"width": width}}

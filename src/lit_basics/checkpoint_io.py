@@ -278,14 +278,14 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
     alone: dict[int, tuple[str, Tensor] | None] = {}
     for where, tensor in tensors_in(state):
         if tensor.is_cpu and not tensor.requires_grad:
-            if type(tensor) is Tensor and tensor.layout == torch.strided:
+            if type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested:
                 storage = tensor.untyped_storage()
                 pointer = storage.data_ptr()
                 whole = storage.nbytes() == tensor.nbytes and pointer not in alone
                 alone[pointer] = (where, tensor) if whole else None
             continue
         plain = tensor.detach()  # deepcopy stays on the device, or refuses one in a graph
-        if type(plain) is not Tensor or plain.layout != torch.strided:
+        if type(plain) is not Tensor or plain.layout != torch.strided or plain.is_nested:
             copies[id(tensor)] = plain.to("cpu", copy=True)
             continue
         # tied weights are several tensors in a state_dict
@@ -309,11 +309,13 @@ def _deep_copy(value: Any, copies: dict[int, Any]) -> Any:
         return value
     if id(value) in copies:
         return copies[id(value)]
+    made: Any
     if kind is list:
-        return [_deep_copy(part, copies) for part in value]
+        made = copies[id(value)] = [_deep_copy(part, copies) for part in value]
+        return made
     if kind is not dict and kind is not OrderedDict:
         return copy.deepcopy(value, copies)
-    made = kind((key, _deep_copy(part, copies)) for key, part in value.items())
+    made = copies[id(value)] = kind((key, _deep_copy(part, copies)) for key, part in value.items())
     if kind is OrderedDict:  # a module's has versions beside it
         vars(made).update(_deep_copy(vars(value), copies))
     return made

@@ -8,6 +8,7 @@ further in the same for a key of that class. :func:`_read` takes the first branc
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -87,7 +88,7 @@ def short_message(message: str, parser: jsonargparse.ArgumentParser, args: list[
             "directory)"
         )
         theirs = match[2] != "*" or package in ("torch", "torchvision", "builtins")
-        if not theirs and find_spec(package) is None:
+        if not theirs and package not in sys.modules and find_spec(package) is None:
             close = nearest(package, own_modules()) or "; python -m lit_basics finds those in the working directory"
             return f"{key}: there is no module {package} for {match[1]}{place}{close}"
         return f"{key}: a config may not name {match[1]}{place}{'' if theirs else hint}"

@@ -248,6 +248,22 @@ def test_twenty_faults_are_met_and_the_weights_are_the_loops(policy, kind, case,
     meets(policy, kind, case, seed=3, folder=tmp_path, every=1 if kind == "buffer" else 5)
 
 
+class Zeroing(torch.optim.SGD):
+    def zero_grad(self, set_to_none=False):
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.filterwarnings(WARNINGS)
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_an_optimizer_whose_zero_grad_writes_zeros(policy):
+    """Gradients of zero are an update still, by momentum and weight decay."""
+    module = Faulty("gradient", {20}, optimizer=lambda p: Zeroing(p, lr=0.05, momentum=0.9, weight_decay=0.01))
+    fitted = trainer(NonFiniteGuard(policy, every_n_batches=EVERY), RandomState())
+    fitted.fit(module, batches())
+    expected = train(NonFiniteGuard(policy, every_n_batches=EVERY), "gradient", {20})[0]
+    assert_equal(module.state_dict(), expected.state_dict())
+
+
 @pytest.mark.parametrize(("kind", "case"), QUICK)
 def test_a_fault_stops_and_is_named(kind, case, tmp_path):
     stops(kind, case, 22, tmp_path, every=1 if kind == "buffer" else 5)

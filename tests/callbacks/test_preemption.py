@@ -417,7 +417,7 @@ def test_what_nohup_ignores_stays_ignored(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:this fit begins anew")
 def test_a_requeued_job_that_would_begin_anew_is_refused(tmp_path, monkeypatch):
-    """Without the refusal it trains from step 0 and writes over ``last.ckpt``, each time that it is requeued."""
+    """Without the refusal it trains from step 0, each time that it is requeued."""
     data = SyntheticCIFAR10(64, 16, batch_size=16)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     in_a_project(LastCheckpoint(str(tmp_path))).fit(LitBlitzNet(), data)  # the first start was killed before it saved

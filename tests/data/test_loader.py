@@ -268,7 +268,7 @@ class Endless(Dataset):
         (Noisy(), {"batch_size": None}, "batch_size is None; ResumableDataLoader makes batches"),
         (Noisy(), {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         (Noisy(), {"seed": -1}, "seed is -1; it must be 0 or more"),
-        (Noisy(), {"seed": 2**64}, "seed is 18446744073709551616; it must be 0 or more, and less than"),
+        (Noisy(), {"seed": 2**64}, "seed is 18446744073709551616; it must be less than 2"),
         (Noisy(), {"in_order": False}, "in_order is False; a loader that resumes must give its batches in order"),
         (Noisy(3), {"batch_size": 4, "shuffle": True, "drop_last": True}, "3 samples do not fill one batch"),
         (Noisy(0), {"shuffle": True}, "0 samples cannot be shared by 1 processes"),

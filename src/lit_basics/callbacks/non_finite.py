@@ -398,8 +398,7 @@ class NonFiniteGuard(pl.Callback):
 
     @torch.no_grad()
     def _drop_step(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        # an optimizer passes over what has no gradient, with its momentum and weight decay
-        optimizer.zero_grad()
+        _drop_gradients(optimizer)
         if self.policy == "rollback":
             self._undo = True  # once the optimizer and others of this batch have done with it
         _copy_back(pl_module.named_buffers(), self._buffers)
@@ -428,7 +427,7 @@ class NonFiniteGuard(pl.Callback):
         for optimizer, state in zip(trainer.optimizers, self._snapshot["optimizers"], strict=True):
             groups = optimizer.state_dict().get("param_groups", [])
             optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": groups})
-            optimizer.zero_grad()
+            _drop_gradients(optimizer)
         self._drop = accumulating(trainer)  # its first batches saw other weights
 
 
@@ -450,6 +449,15 @@ def _copy_back(values: Iterable[tuple[str, Tensor]], kept: dict[str, Tensor]) ->
     for name, value in values:
         if name in kept and kept[name].shape == value.shape:  # it may have been made since
             value.copy_(kept[name])
+
+
+def _drop_gradients(optimizer: Optimizer) -> None:
+    """Make each gradient None, whatever ``zero_grad`` does.
+
+    An optimizer passes over what has no gradient, with its momentum and weight decay.
+    """
+    for parameter in _with_gradients(optimizer):
+        parameter.grad = None
 
 
 def _with_gradients(optimizer: Optimizer) -> list[nn.Parameter]:

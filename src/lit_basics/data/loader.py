@@ -87,6 +87,8 @@ class ResumableDataLoader(DataLoader[Any]):
                 raise UserError(f"ResumableDataLoader takes no {name}: {reason}")
         if not settings.get("in_order", True):
             raise UserError("in_order is False; a loader that resumes must give its batches in order")
+        if seed >= 2**64:
+            raise UserError(f"seed is {seed}; it must be less than 2^64")
         if batch_size is None:
             raise UserError("batch_size is None; ResumableDataLoader makes batches: give their global size")
         self._batches = GlobalBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
