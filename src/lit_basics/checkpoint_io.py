@@ -277,8 +277,8 @@ def copied(state: dict[str, Any], memory: dict[str, Tensor] | None = None) -> di
     shared: dict[tuple[Any, ...], Tensor] = {}
     alone: dict[int, tuple[str, Tensor] | None] = {}
     for where, tensor in tensors_in(state):
-        if tensor.is_cpu and not tensor.requires_grad:
-            if type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested:
+        if tensor.is_cpu and not tensor.requires_grad and not tensor.is_nested:
+            if type(tensor) is Tensor and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 pointer = storage.data_ptr()
                 whole = storage.nbytes() == tensor.nbytes and pointer not in alone
