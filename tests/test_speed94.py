@@ -1,6 +1,7 @@
 """speed94: the net, the optimizer and the module against loops and formulas written out here."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,20 @@ def test_two_ranks_keep_the_losses_and_whiten_by_the_images_of_both():
     assert torch.equal(filters, of_other)
     # each has its negative
     assert torch.allclose(filters.abs(), whitening(seen).float().abs(), rtol=1e-3, atol=1e-3)
+
+
+def test_ranks_that_begin_apart_whiten_as_rank_0_does():
+    """Asked each alone, rank 0 waits for ever: the other has got filters that are not as it made its own."""
+
+    def filters():
+        torch.manual_seed(int(os.environ["RANK"]))
+        model = LitSpeedNet(widths=WIDTHS, resolutions=[])
+        model.net.whiten.requires_grad_(True)
+        on_ranks().fit(model, images())
+        return model.net.whiten.weight.detach()
+
+    one, other = ranks(filters)
+    assert torch.equal(one, other)
 
 
 def test_it_passes_verify():
