@@ -8,7 +8,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -17,6 +16,7 @@ from lit_basics.cli import main
 from lit_basics.config import Config
 from lit_basics.data.synthetic import SyntheticCIFAR10
 from lit_basics.verification.forks import run_all
+from lit_basics.verification.ranks import environments
 
 
 class Weights(pl.Callback):
@@ -136,8 +136,6 @@ def ranks(work, count=2):
 
     One that fails, or takes more than two minutes, ends the others: its error is raised. They write to ``ranks.txt``.
     """
-    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
 
     def ranked(rank, _):
         signal.alarm(120)
@@ -147,9 +145,8 @@ def ranks(work, count=2):
             torch.distributed.barrier()  # rank 0, which leaves, takes the others' connections away
         return result
 
-    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     works = [partial(ranked, rank) for rank in range(count)]
-    return [run.result() for run in run_all(works, Path("ranks.txt"), lambda: None, environments)]
+    return [run.result() for run in run_all(works, Path("ranks.txt"), lambda: None, environments(count))]
 
 
 def fit_on_ranks(*args):

@@ -19,11 +19,11 @@ RANKS = 2
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def environments() -> list[dict[str, str]]:
-    """Return the variables that torchrun would give to each rank."""
-    shared = {"TORCHELASTIC_RUN_ID": "verify", "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+def environments(count: int = RANKS) -> list[dict[str, str]]:
+    """Return the variables that torchrun would give to each of ``count`` ranks."""
+    shared = {"TORCHELASTIC_RUN_ID": "verify", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 @dataclasses.dataclass
